@@ -1,0 +1,54 @@
+# `make demo` and `make test` set everything up themselves; a second run skips the set-up.
+PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || echo python3)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export HF_HUB_OFFLINE = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: setup demo test check fix bench gpu clean
+setup: $(READY)
+
+# torch first and pinned: any later package that pulled its own torch would bring a CUDA build of several gigabytes.
+# deepspeed is a source package that looks at the installed torch, hence no build isolation. The registry's torchaudio
+# carries CUDA libraries that cannot load beside a CPU torch and would break `import transformers`: only its Python parts
+# (resampling, mel filters) are kept.
+$(READY): setup.py constraints-cpu.txt Makefile
+	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 12), f"Python 3.11 or 3.12 is needed, found {sys.version.split()[0]}; set PYTHON=..."'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints-cpu.txt pip wheel "setuptools<85" ninja
+	$(BIN)/pip install -q -c constraints-cpu.txt torch
+	$(BIN)/python -c 'import torch; assert torch.version.cuda is None, "a CUDA build of torch was installed; remove $(VENV) and install a CPU build"'
+	$(BIN)/pip install -q -c constraints-cpu.txt --no-deps torchaudio
+	find $(VENV) -path '*/torchaudio/lib/*.so' -delete
+	DS_BUILD_OPS=0 $(BIN)/pip install -q -c constraints-cpu.txt --no-build-isolation deepspeed
+	$(BIN)/pip install -q -c constraints-cpu.txt --no-build-isolation -e '.[demo,dev]'
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/mmscale demo demo
+
+test: $(READY)
+	$(BIN)/pytest -q
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q tests/layout
+
+fix: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/python -m mmscale.config.reference > docs/configuration.md
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.run $(ONLY)
+
+# For a machine with a GPU, its own CUDA torch and no network: nothing is installed.
+gpu:
+	PYTHONPATH=. python3 -m pytest -q tests/gpu
+	PYTHONPATH=. python3 -m benchmarks.run --device cuda step
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info

@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks.run [PATTERN]`; what each name means is in docs/benchmarks.md."""

@@ -1,0 +1,73 @@
+"""Runs benchmarks: `python -m benchmarks.run [PATTERN] [--device cpu|cuda]`.
+
+PATTERN is a part of a name or a shell pattern. Each result is one printed line and one entry of
+`benchmarks/results/<device>.json`; entries of benchmarks that do not run stay as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from fnmatch import fnmatch
+from pathlib import Path
+
+from benchmarks import labels, packing, reading, startup, step
+from benchmarks.result import Benchmark, Result, Settings
+
+RESULTS = Path(__file__).parent / "results"
+
+BENCHMARKS: tuple[Benchmark, ...] = (
+    startup.help_s,
+    packing.pack_fill_4k,
+    packing.pack_fill_8k,
+    packing.pack_fill_32k,
+    packing.pack_fill_video_4k,
+    packing.pack_us_per_sample,
+    labels.labels_ms_16k,
+    reading.read_ratio_75k,
+    reading.read_ratio_2k,
+    reading.loader_cpu_ms,
+    startup.resume_first_batch_s,
+    step.step_ratio_skewed,
+    step.step_ratio_grouped,
+    step.step_ratio_dense,
+    step.step_overhead_frac,
+)
+"""Every benchmark; the function's name is the benchmark's name."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the benchmarks that match; gives 2 when none does. A value short of its target is no failure."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+    parser.add_argument("pattern", nargs="?", default="*", help="part of a name, or a shell pattern such as 'pack_*'")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    args = parser.parse_args(argv)
+    chosen = [b for b in BENCHMARKS if args.pattern in b.__name__ or fnmatch(b.__name__, args.pattern)]
+    if not chosen:
+        names = ", ".join(b.__name__ for b in BENCHMARKS)
+        print(f"no benchmark matches '{args.pattern}'; known: {names}", file=sys.stderr)
+        return 2
+    for benchmark in chosen:
+        with tempfile.TemporaryDirectory(prefix="mmscale-bench-") as folder:
+            result = benchmark(Settings(args.device, Path(folder)))
+        assert result.name == benchmark.__name__, "a benchmark gives a result under its own name"
+        print(result.line(), flush=True)
+        store(RESULTS / f"{args.device}.json", result)
+    return 0
+
+
+def store(path: Path, result: Result) -> None:
+    """Puts one result into the results file."""
+    entries = json.loads(path.read_text()) if path.exists() else {}
+    entries[result.name] = result.entry()
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(dict(sorted(entries.items())), indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""`mmscale check`: everything that can be known before training, on one screen."""
+
+from __future__ import annotations
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mmscale.config.checks import check_config, check_lengths, data_parallel_size
+from mmscale.config.load import load_config
+from mmscale.config.schema import Config
+from mmscale.config.specs import media_specs
+from mmscale.model.composite import skeleton
+from mmscale.model.description import describe
+from mmscale.streaming.chat import load_template
+from mmscale.streaming.decode.dsp import check_audio_backend
+from mmscale.streaming.shards import ShardSet
+from mmscale.streaming.tokenizer import TextTokenizer
+from mmscale.types import MediaSpecs
+
+
+def run(config_path: str, overrides: list[str], world_size: int) -> None:
+    """Validates the config for `world_size` processes and prints the layout; raises ConfigError when it cannot work."""
+    config = load_config(config_path, overrides)
+    check_config(config, world_size)
+    specs = media_specs(config.model, config.data.image)
+    section = config.model.tokenizer
+    tokenizer = TextTokenizer.load(section.path, section.add_tokens, section.pad_to_multiple)
+    for source in (config.data, *config.data.sources.values()):
+        load_template(source.template or config.data.template)
+    if specs.audio is not None:
+        check_audio_backend()
+    console = Console(highlight=False)
+    console.print(_layout(config, world_size, specs))
+    console.print(_sources(config))
+    console.print(_parts(config, tokenizer, specs))
+
+
+def _layout(config: Config, world_size: int, specs: MediaSpecs) -> Table:
+    p, train = config.parallel, config.train
+    dp_size = data_parallel_size(config, world_size)
+    table = Table("layout", "", title=f"run {config.run.dir}", title_justify="left")
+    table.add_row("processes", f"{world_size} = tensor {p.tensor} x ulysses {p.ulysses} x ring {p.ring} x data {dp_size}")
+    engine = "none (one process)" if world_size == 1 and p.engine == "auto" else f"deepspeed, ZeRO-{p.zero_stage}"
+    table.add_row("engine", f"{engine}, {train.dtype}")
+    packs = train.global_batch // dp_size
+    table.add_row("step", f"{train.global_batch} packs = {dp_size} ranks x {packs} micro-batches of {config.data.seq_len} tokens")
+    table.add_row("tokens per step", f"{train.global_batch * config.data.seq_len:,}")
+    table.add_row("steps", f"{train.steps:,} = {train.steps * train.global_batch * config.data.seq_len:,} tokens")
+    if specs.image is not None:
+        table.add_row("image", f"{specs.image.size} x {specs.image.size} pixels ({specs.image.mode}) = {specs.image.tokens} tokens")
+    if specs.audio is not None:
+        a = specs.audio
+        table.add_row("audio", f"{a.window_samples / a.rate_hz:g} s at {a.rate_hz} Hz ({a.features}) = {a.tokens} tokens")
+    return table
+
+
+def _sources(config: Config) -> Table:
+    table = Table("source", "samples", "shards put aside", "skipped when indexed", "weight", "template")
+    for name, source in config.data.sources.items():
+        shards = ShardSet.open(f"{config.data.root}/{source.path}", source.path)
+        skipped = ", ".join(f"{reason} {n}" for reason, n in shards.skipped.items()) or "none"
+        weight = "by size" if source.weight is None else f"{source.weight:g}"
+        aside = ", ".join(shards.quarantined) or "none"
+        table.add_row(name, f"{len(shards):,}", aside, skipped, weight, source.template or config.data.template)
+    return table
+
+
+def _parts(config: Config, tokenizer: TextTokenizer, specs: MediaSpecs) -> Table:
+    with torch.device("meta"):  # shapes only: no memory, whatever the model's size
+        model = skeleton(describe(config.model, tokenizer.vocab_size, specs))
+    check_lengths(config, specs, getattr(model.llm.config, "max_position_embeddings", None))
+    table = Table("part", "parameters", "trained", "peak lr")
+    total = trained = 0
+    for name, part in model.parts().items():
+        count = sum(p.numel() for p in part.parameters())
+        setting = getattr(config.train.parts, name)
+        is_trained = setting.tune == "full"
+        table.add_row(name, f"{count:,}", "yes" if is_trained else "frozen", f"{setting.lr or config.train.lr:.1e}" if is_trained else "")
+        total, trained = total + count, trained + count * is_trained
+    table.add_section()
+    table.add_row("all", f"{total:,}", f"{trained:,}", "")
+    return table

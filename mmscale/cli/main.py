@@ -1,0 +1,116 @@
+"""The `mmscale` command: one sub-command per file, each importing what it needs only when it runs."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Annotated
+
+import typer
+
+from mmscale import __version__
+from mmscale.errors import MmscaleError
+
+app = typer.Typer(
+    name="mmscale",
+    help="Trains large multimodal language models from sharded WebDataset tars. Data tools: mmscale-data --help.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/recipes/digits.yaml.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides such as train.lr=1e-4; keys: docs/configuration.md.")
+]
+
+
+def _run(module: str, *arguments: object) -> None:
+    """Calls `run` of one sub-command's module."""
+    importlib.import_module(f"mmscale.cli.{module}").run(*arguments)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        print(f"mmscale {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def train(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Train: alone, under srun, or by `torchrun --nproc-per-node 2 --no-python mmscale train CONFIG`.
+
+    Starting the same run.dir again resumes from the newest checkpoint that verifies. SIGTERM and SIGUSR1 save at the next
+    step and exit 0. Exit codes: 0 finished or stopped after saving, 2 refused input, 1 anything else.
+    """
+    _run("train", config, overrides or [])
+
+
+@app.command()
+def check(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    world_size: Annotated[int, typer.Option(min=1, help="Number of processes to check the layout for.")] = 1,
+) -> None:
+    """Validate a config and print its layout, parameters per part and tokens per step; exit 2 and one line when it is bad."""
+    _run("check", config, overrides or [], world_size)
+
+
+@app.command()
+def consolidate(
+    source: Annotated[str, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="Run directory (its newest verified checkpoint) or one checkpoint.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="New folder for the Hugging Face model.")],
+    target: Annotated[str, typer.Option(help="auto: stock LLaVA when everything fits, else mmscale's class; llava; mmscale.")] = "auto",
+    drop: Annotated[list[str] | None, typer.Option(help="Leave a modality out: audio.")] = None,
+    dtype: Annotated[str, typer.Option(help="Stored type: fp32, bf16.")] = "fp32",
+    max_shard_gb: Annotated[float, typer.Option(min=0.001, help="Largest safetensors file in GB.")] = 4.0,
+) -> None:
+    """Turn a checkpoint into a Hugging Face folder, reload it in a fresh process and compare logits before saying ok."""
+    _run("consolidate", source, out, target, drop or [], dtype, max_shard_gb)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder written by mmscale consolidate.")],
+    prompt: Annotated[str, typer.Option(help="The question; media go in front of it unless it holds <image> or <audio>.")],
+    image: Annotated[list[str] | None, typer.Option(help="Image file; may be repeated.")] = None,
+    audio: Annotated[list[str] | None, typer.Option(help="Audio file; may be repeated.")] = None,
+    video: Annotated[list[str] | None, typer.Option(help="Video file; may be repeated.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 64,
+    device: Annotated[str, typer.Option(help="torch device.")] = "cpu",
+) -> None:
+    """Answer one question with an exported model (greedy)."""
+    _run("generate", model, prompt, image or [], audio or [], video or [], max_new_tokens, device)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder written by mmscale consolidate.")],
+    data: Annotated[list[str], typer.Argument(metavar="DATASET...", help="Dataset folders (with manifest.json).")],
+    out: Annotated[str | None, typer.Option(help="JSON-lines file for question, answer and truth of every row.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions per batch.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 16,
+    modalities: Annotated[str, typer.Option(help="Ask only rows whose media are all among these: image,audio,video.")] = "image,audio,video",
+    device: Annotated[str, typer.Option(help="torch device.")] = "cpu",
+) -> None:
+    """Ask an exported model the first question of every row and print exact match per task."""
+    _run("evaluate", model, data, out, batch_size, max_new_tokens, modalities.split(","), device)
+
+
+@app.command()
+def demo(
+    folder: Annotated[str, typer.Argument(help="Folder for data, run and exports; a finished part is used again.")] = "demo",
+) -> None:
+    """Do the main job on real data on a CPU: build shards, train, stop and resume, consolidate, ask, report."""
+    _run("demo", folder)
+
+
+def main() -> None:
+    """Runs the command; mmscale's own errors become one line and their exit code."""
+    try:
+        app(standalone_mode=True)
+    except MmscaleError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,0 +1,27 @@
+"""`mmscale train`: the stop handler first, then everything heavy."""
+
+from __future__ import annotations
+
+from mmscale.train.signals import StopFlag
+
+
+def run(config_path: str, overrides: list[str]) -> None:
+    """Trains, or goes on where the run directory's newest verified checkpoint stands."""
+    stop = StopFlag().install()  # before torch: an early signal must not be lost
+    from mmscale import logging
+    from mmscale.config.checks import check_config
+    from mmscale.config.env import launch_from_env
+    from mmscale.config.load import load_config
+
+    launch = launch_from_env()
+    logging.setup(launch.rank)
+    config = load_config(config_path, overrides)
+    check_config(config, launch.world_size)  # refused before the seconds that torch takes to load
+    from mmscale.parallel.mesh import init_mesh
+    from mmscale.train.loop import train
+
+    mesh = init_mesh(config.parallel, config.run.device, launch)
+    try:
+        train(config, mesh, stop)
+    finally:
+        mesh.close()

@@ -1,0 +1,90 @@
+"""Checks between keys, made before anything heavy starts. Each refusal names the keys, their values and a way out."""
+
+from __future__ import annotations
+
+from mmscale.config.schema import Config
+from mmscale.errors import ConfigError
+from mmscale.types import MediaSpecs
+
+
+def data_parallel_size(config: Config, world_size: int) -> int:
+    """Ranks that see different packs. Raises ConfigError when the degrees do not fit the world size."""
+    p = config.parallel
+    model_ranks = p.tensor * p.ulysses * p.ring
+    if world_size % model_ranks:
+        raise ConfigError(
+            f"parallel.tensor={p.tensor} x parallel.ulysses={p.ulysses} x parallel.ring={p.ring} = {model_ranks} must divide the "
+            f"{world_size} processes of this run; start a multiple of {model_ranks} processes or lower a degree"
+        )
+    return world_size // model_ranks
+
+
+def check_config(config: Config, world_size: int) -> None:
+    """Refuses combinations of keys that cannot work on `world_size` processes. Raises ConfigError."""
+    dp_size = data_parallel_size(config, world_size)
+    _check_not_yet(config)
+    _check_batch(config, dp_size)
+    _check_parts(config)
+    _check_schedule(config)
+
+
+def _check_not_yet(config: Config) -> None:
+    for name in ("tensor", "ulysses", "ring"):
+        degree = getattr(config.parallel, name)
+        if degree > 1:
+            raise ConfigError(f"parallel.{name}={degree}: this version trains data-parallel only; set parallel.{name}=1")
+    if config.parallel.engine == "fsdp":
+        raise ConfigError("parallel.engine=fsdp: this version has the engines auto and deepspeed; set parallel.engine=deepspeed")
+
+
+def _check_batch(config: Config, dp_size: int) -> None:
+    batch, group = config.train.global_batch, config.data.plan_group
+    if batch % dp_size:
+        lower, upper = batch - batch % dp_size, batch + dp_size - batch % dp_size
+        near = f"{lower} or {upper}" if lower else str(upper)
+        raise ConfigError(
+            f"train.global_batch={batch} packs must be a multiple of the {dp_size} data-parallel ranks; set it to {near}"
+        )
+    if batch % group and group % batch:
+        raise ConfigError(
+            f"train.global_batch={batch} must be a multiple or a divisor of data.plan_group={group}; "
+            f"set data.plan_group={batch}"
+        )
+
+
+def _check_parts(config: Config) -> None:
+    parts = config.train.parts
+    for name in ("vision", "audio"):
+        for part in (name, f"{name}_connector"):
+            present, named = getattr(config.model, name) is not None, getattr(parts, part) is not None
+            if present and not named:
+                raise ConfigError(f"train.parts.{part} is missing: say what is trained, {{tune: full}} or {{tune: frozen}}")
+            if named and not present:
+                raise ConfigError(f"train.parts.{part} is set but the model has no model.{name}; remove it")
+    if all(part is None or part.tune == "frozen" for _, part in parts):
+        raise ConfigError("train.parts: every part is frozen, so nothing would be trained; set tune: full on one of them")
+
+
+def _check_schedule(config: Config) -> None:
+    if config.train.warmup_steps >= config.train.steps:
+        raise ConfigError(
+            f"train.warmup_steps={config.train.warmup_steps} must be below train.steps={config.train.steps}; lower it"
+        )
+    if config.eval.every and not config.eval.sources:
+        raise ConfigError(f"eval.every={config.eval.every} but eval.sources is empty; name a source or set eval.every=0")
+
+
+def check_lengths(config: Config, specs: MediaSpecs, max_positions: int | None) -> None:
+    """Refuses packs that cannot hold one medium, and documents longer than the LLM's positions. Raises ConfigError."""
+    seq_len = config.data.seq_len
+    for name, spec in (("image", specs.image), ("audio", specs.audio)):
+        if spec is not None and spec.tokens >= seq_len:
+            raise ConfigError(
+                f"data.seq_len={seq_len} tokens cannot hold one {name} of {spec.tokens} tokens and its text; raise data.seq_len "
+                f"or choose a connector that merges tokens"
+            )
+    if max_positions is not None and seq_len > max_positions:
+        raise ConfigError(
+            f"data.seq_len={seq_len} exceeds the LLM's max_position_embeddings={max_positions}; lower data.seq_len, since one "
+            f"document may fill a whole pack"
+        )

@@ -1,0 +1,89 @@
+"""The one module that reads environment variables: who this process is, as torchrun or SLURM's srun says it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mmscale.errors import ConfigError
+
+VARIABLES: dict[str, str] = {
+    "RANK": "torchrun: number of this process in the run, from 0.",
+    "WORLD_SIZE": "torchrun: processes in the run.",
+    "LOCAL_RANK": "torchrun: number of this process on its node; selects the GPU.",
+    "MASTER_ADDR": "Address on which rank 0 can be reached. Under srun it may be set by the job script.",
+    "MASTER_PORT": "TCP port of rank 0. Under srun the default is 20000 + SLURM_JOB_ID modulo 10000.",
+    "SLURM_PROCID": "srun: number of this task in the job step; used when RANK is not set.",
+    "SLURM_STEP_NUM_TASKS": "srun: tasks in the job step. Absent in a plain batch script, which then counts as one process.",
+    "SLURM_LOCALID": "srun: number of this task on its node; selects the GPU.",
+    "SLURM_LAUNCH_NODE_IPADDR": "srun: address of the node that ran srun, used for rank 0 when MASTER_ADDR is not set.",
+    "SLURM_JOB_ID": "SLURM: number of the job, from which the default port is derived.",
+}
+"""Every variable that mmscale reads, with its meaning; `docs/` prints this table."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """Who this process is. `master_addr` and `master_port` are None for one process without a launcher."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    master_addr: str | None = None
+    master_port: int | None = None
+
+
+def launch_from_env(env: Mapping[str, str] | None = None) -> Launch:
+    """This process's place in the run, from torchrun's variables, else srun's, else one process alone.
+
+    Args:
+        env: variables to read; None reads the process's own.
+
+    Raises:
+        ConfigError: a variable is missing or is not a number, or the rank is not below the world size.
+    """
+    variables = os.environ if env is None else env
+    if "RANK" in variables:
+        launch = _from_names(variables, "RANK", "WORLD_SIZE", "LOCAL_RANK", variables.get("MASTER_ADDR"), None)
+    elif "SLURM_STEP_NUM_TASKS" in variables and "SLURM_PROCID" in variables:
+        address = variables.get("MASTER_ADDR") or variables.get("SLURM_LAUNCH_NODE_IPADDR")
+        port = 20000 + _integer(variables, "SLURM_JOB_ID") % 10000
+        launch = _from_names(variables, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", address, port)
+    else:
+        return Launch()
+    if not 0 <= launch.rank < launch.world_size:
+        raise ConfigError(
+            f"expected 0 <= rank < world size, found rank {launch.rank} of {launch.world_size} in the environment; "
+            "unset RANK and WORLD_SIZE, or start with torchrun or srun"
+        )
+    return launch
+
+
+def set_env_default(name: str, value: str) -> None:
+    """Sets a variable that a library reads at its import, unless the user has set it."""
+    os.environ.setdefault(name, value)
+
+
+def _from_names(
+    env: Mapping[str, str], rank: str, world_size: str, local_rank: str, address: str | None, port: int | None
+) -> Launch:
+    size = _integer(env, world_size)
+    if "MASTER_PORT" in env or (port is None and size > 1):
+        port = _integer(env, "MASTER_PORT")
+    if size > 1 and not address:
+        raise ConfigError(
+            f"expected MASTER_ADDR in the environment of a run of {size} processes, found none; set it to an address "
+            "of rank 0's node that the other nodes can reach, or start with torchrun"
+        )
+    return Launch(_integer(env, rank), _integer(env, local_rank), size, address, port)
+
+
+def _integer(env: Mapping[str, str], name: str) -> int:
+    value = env.get(name)
+    if value is None or not value.strip().isdecimal():
+        found = "it is not set" if value is None else f"found {value!r}"
+        raise ConfigError(
+            f"expected a number of at least 0 in the environment variable {name}, {found}; start with torchrun or srun"
+        )
+    return int(value)

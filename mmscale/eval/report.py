@@ -1,0 +1,95 @@
+"""A run on one picture: loss curves with the resume points, and held-out questions with answer and truth."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmscale.errors import MissingExtraError
+
+
+def read_metrics(path: Path) -> tuple[dict[int, float], dict[int, float], list[int]]:
+    """Training loss and validation loss by step, and the steps after which the run was resumed.
+
+    Of a step that was done twice the last line counts.
+    """
+    train: dict[int, float] = {}
+    validation: dict[int, float] = {}
+    resumes: list[int] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        event = row.get("event")
+        if event is None:
+            train[row["step"]] = row["loss"]
+        elif event == "validation":
+            validation[row["step"]] = row["val_loss"]
+        elif event == "resume":
+            resumes.append(row["step"])
+    return train, validation, resumes
+
+
+def draw_report(metrics: Path, answers: Sequence[Mapping[str, Any]], scores: Mapping[str, str], out: Path) -> None:
+    """Writes the report as a PNG.
+
+    Args:
+        metrics: `metrics.jsonl` of the run.
+        answers: up to 24 rows with `image` (encoded bytes), `question`, `answer`, `truth`.
+        scores: task -> score text, shown beside the curves.
+        out: the PNG to write.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise MissingExtraError("matplotlib", "demo", "the report picture", error) from error
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    assert matplotlib is not None, "imported above"
+    figure = Figure(figsize=(14, 11), layout="constrained")
+    FigureCanvasAgg(figure)
+    top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1.6])
+    axes = top.subplots(1, 2, width_ratios=[3, 1])
+    _draw_curves(axes[0], *read_metrics(metrics))
+    _draw_scores(axes[1], scores)
+    cells = bottom.subplots(4, 6).ravel()
+    for cell in cells:
+        cell.set_axis_off()
+    for cell, row in zip(cells, answers, strict=False):
+        _draw_answer(cell, row)
+    figure.savefig(out, dpi=90)
+
+
+def _draw_curves(axes: Any, train: Mapping[int, float], validation: Mapping[int, float], resumes: Sequence[int]) -> None:
+    axes.plot(list(train), list(train.values()), color="#4c72b0", linewidth=1, label="training")
+    if validation:
+        axes.plot(list(validation), list(validation.values()), "o-", color="#dd8452", label="validation (held out)")
+    for number, step in enumerate(resumes):
+        axes.axvline(step, color="#55a868", linestyle="--", label="stopped and resumed" if number == 0 else None)
+    axes.set(xlabel="optimizer step", ylabel="loss per target token", yscale="log", title="Loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def _draw_scores(axes: Any, scores: Mapping[str, str]) -> None:
+    axes.set_axis_off()
+    axes.set_title("Exact match, held out")
+    for i, (task, score) in enumerate(scores.items()):
+        axes.text(0.05, 0.9 - 0.1 * i, task, transform=axes.transAxes, fontsize=12)
+        axes.text(0.95, 0.9 - 0.1 * i, score, transform=axes.transAxes, fontsize=12, ha="right")
+
+
+def _draw_answer(cell: Any, row: Mapping[str, Any]) -> None:
+    from PIL import Image
+
+    with Image.open(io.BytesIO(row["image"])) as image:
+        cell.imshow(image.convert("RGB"))
+    right = row["answer"] == row["truth"]
+    cell.set_title(
+        f"{row['question']}\nanswer: {row['answer']}   truth: {row['truth']}", fontsize=8, color="#1a7f37" if right else "#cf222e"
+    )

@@ -1,0 +1,143 @@
+"""The one composite model: towers and connectors, media placement, a Hugging Face language model, the summed loss.
+
+Single-device maths; parallelism lives outside. Every call goes through module forwards, so engines that shard parameters
+see all of them. Shapes: T tokens of the pack, Nt targets, M media rows, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from mmscale.config.schema import Config, LlmConfig, ModelConfig, TowerConfig
+from mmscale.errors import ConfigError
+from mmscale.kernels.cross_entropy import cross_entropy_sum
+from mmscale.kernels.placement import place_media
+from mmscale.model.description import MmscaleConfig, describe
+from mmscale.model.encoder import MediaEncoder, build_audio, build_vision
+from mmscale.model.llm.attention import PackInfo
+from mmscale.model.llm.load import load_llm
+from mmscale.types import MODALITIES, MediaSpecs, PackedBatch
+
+
+class MultimodalLM(nn.Module):
+    """A language model `llm` that reads rows of `vision` and `audio` encoders in the slots of its input.
+
+    `config` describes it completely and is what an export stores.
+    """
+
+    def __init__(
+        self, config: MmscaleConfig, llm: PreTrainedModel, vision: MediaEncoder | None, audio: MediaEncoder | None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.llm = llm
+        self.vision = vision
+        self.audio = audio
+
+    def forward(self, batch: PackedBatch) -> torch.Tensor:
+        """The SUM of the token losses over the pack's targets, an fp32 scalar.
+
+        A pack without targets gives exactly 0, connected to every parameter like any other pack: a modality that does not
+        occur runs one zero input whose rows are added times zero.
+
+        Raises:
+            ConfigError: media that the model has no encoder for.
+        """
+        return cross_entropy_sum(self.logits(batch), batch.labels[batch.target_idx])
+
+    def logits(self, batch: PackedBatch, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [Nt, V] at the pack's targets, or at `positions` (int64); only these rows pass the output head."""
+        embeds_TD = self._embed(batch)
+        keep = batch.target_idx if positions is None else positions
+        out = self.llm(
+            inputs_embeds=embeds_TD[None],
+            position_ids=batch.position_ids[None],
+            use_cache=False,
+            logits_to_keep=keep,
+            pack=PackInfo.of(batch),
+        )
+        return cast(torch.Tensor, out.logits[0])
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The trainable parts by name, only those present: llm, vision, vision_connector, audio, audio_connector.
+
+        They are disjoint and hold every parameter; `part_prefixes` gives their parameter prefixes.
+        """
+        parts: dict[str, nn.Module] = {"llm": self.llm}
+        for name, encoder in (("vision", self.vision), ("audio", self.audio)):
+            if encoder is not None:
+                parts |= {name: encoder.tower, f"{name}_connector": encoder.connector}
+        return parts
+
+    def part_prefixes(self) -> dict[str, str]:
+        """Part name -> the exact prefix of its parameter names, such as `vision_connector` -> `vision.connector.`."""
+        names = {"llm": "llm.", "vision": "vision.tower.", "vision_connector": "vision.connector."}
+        names |= {"audio": "audio.tower.", "audio_connector": "audio.connector."}
+        return {part: names[part] for part in self.parts()}
+
+    def checkpoint_activations(self) -> None:
+        """Makes the layers of the language model and the towers recompute their activations in the backward pass."""
+        models = [self.llm, *(e.tower.model for e in (self.vision, self.audio) if e is not None)]
+        for model in models:
+            # transformers 5.23 renamed the method; 5.17 has the old name only.
+            name = "activation_checkpointing_enable"
+            enable = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
+            enable({"use_reentrant": False})
+
+    def _embed(self, batch: PackedBatch) -> torch.Tensor:
+        text_TD = self.llm.get_input_embeddings()(batch.input_ids)
+        inputs = {m: batch.media[m].data for m in MODALITIES if m in batch.media}
+        images = [inputs[m] for m in ("image", "video") if m in inputs]
+        rows, unused = [], text_TD.new_zeros(())
+        for name, encoder, data in (
+            ("vision", self.vision, images),
+            ("audio", self.audio, [inputs["audio"]] if "audio" in inputs else []),
+        ):
+            if encoder is None:
+                if data:
+                    raise ConfigError(f"a pack without {name} media is expected, the model has none; set model.{name}")
+            elif data:
+                rows.append(encoder(torch.cat(data)).flatten(0, 1))
+            else:
+                unused = unused + encoder.zero_rows(text_TD.device).sum() * 0
+        media_MD = torch.cat(rows) if rows else text_TD.new_zeros(0, text_TD.shape[1])
+        return place_media(text_TD, media_MD, batch.source_index) + unused.to(text_TD.dtype)
+
+
+def build_model(config: Config, vocab_size: int, specs: MediaSpecs) -> MultimodalLM:
+    """The model of a run in fp32 on the CPU, weights from the configured folders or random under `train.seed`.
+
+    The global random state is left as it was.
+
+    Args:
+        vocab_size: rows of the padded vocabulary.
+        specs: from `media_specs(config.model, config.data.image)`.
+
+    Raises:
+        ConfigError: a part that cannot be built; the text names its key.
+    """
+    description = describe(config.model, vocab_size, specs)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.train.seed)
+        return skeleton(description, config.model).train()
+
+
+def skeleton(description: MmscaleConfig, sources: ModelConfig | None = None) -> MultimodalLM:
+    """The modules of a described model, with the weights of the folders in `sources`, else random ones.
+
+    Under `torch.device("meta")` and without `sources` it costs no memory: names and shapes only.
+    """
+
+    def path(part: LlmConfig | TowerConfig | None) -> str | None:
+        return part.path if part is not None else None
+
+    return MultimodalLM(
+        description,
+        llm=load_llm(description.text_config, path(sources.llm) if sources else None),
+        vision=build_vision(description, path(sources.vision) if sources else None),
+        audio=build_audio(description, path(sources.audio) if sources else None),
+    )

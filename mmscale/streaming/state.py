@@ -1,0 +1,170 @@
+"""Where the stream stands, and what became of every sample: a few KB of JSON inside the checkpoint."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from mmscale.errors import CheckpointError, DataError
+from mmscale.logging import get_logger
+from mmscale.streaming.plan import TOO_LONG, PlannedStep, PlanState
+from mmscale.types import Skip
+
+log = get_logger(__name__)
+
+DELIVERED = "delivered"
+JUDGED_FROM = 1000
+"""Samples after which the share of bad ones is judged: a single fault in a small start says nothing."""
+
+
+Account = Mapping[tuple[str, int], Mapping[str, int]]
+
+
+@dataclass(frozen=True)
+class StreamFacts:
+    """What the stream is made of; the same on all ranks.
+
+    `fingerprint`: part -> digest of all that decides the plan. Per source: its name by plan index, `num_rows` that are
+    planned, and `unplanned`, the samples (by reason) that the index already left out. `max_bad`: see `DataConfig`.
+    """
+
+    fingerprint: Mapping[str, str]
+    sources: tuple[str, ...]
+    num_rows: Mapping[str, int]
+    unplanned: Mapping[str, Mapping[str, int]]
+    max_bad: float
+
+
+@dataclass(frozen=True)
+class StreamState:
+    """The resume point after a step, with the account of the epochs that are not complete.
+
+    `account[source, epoch]` counts samples as `delivered` or by the reason of their skip. Since the run began, `num_seen`
+    counts samples, `num_skipped` those not delivered, `num_bad` those skipped for another reason than their length.
+    """
+
+    facts: StreamFacts
+    plan: PlanState = field(default_factory=PlanState)
+    account: Account = field(default_factory=dict)
+    num_seen: int = 0
+    num_skipped: int = 0
+    num_bad: int = 0
+
+    @property
+    def num_epochs(self) -> float:
+        """Samples drawn so far, in epochs of all sources together."""
+        return self.num_seen / sum(self.facts.num_rows.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The state as JSON values."""
+        account: dict[str, dict[str, dict[str, int]]] = {}
+        for (source, epoch), counts in self.account.items():
+            account.setdefault(source, {})[str(epoch)] = dict(counts)
+        return {
+            "fingerprint": dict(self.facts.fingerprint),
+            "plan": self.plan.to_dict(),
+            "account": account,
+            "num_seen": self.num_seen,
+            "num_skipped": self.num_skipped,
+            "num_bad": self.num_bad,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], facts: StreamFacts) -> StreamState:
+        """The state that `to_dict` wrote, for the stream of `facts`.
+
+        Raises CheckpointError naming what differs when the state belongs to other data, mixture, tokenizer or packing.
+        """
+        try:
+            saved = {str(k): str(v) for k, v in data["fingerprint"].items()}
+            account = {
+                (str(source), int(epoch)): {str(r): int(n) for r, n in counts.items()}
+                for source, epochs in data["account"].items()
+                for epoch, counts in epochs.items()
+            }
+            totals = [int(data[name]) for name in ("num_seen", "num_skipped", "num_bad")]
+            plan = PlanState.from_dict(data["plan"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            text = f"data state: expected fingerprint, plan and account, found {type(error).__name__}: {error}"
+            raise CheckpointError(f"{text}; resume from another checkpoint") from error
+        _check_fingerprint(saved, facts.fingerprint)
+        return cls(facts, plan, account, *totals)
+
+    def after(self, step: PlannedStep, skips: Sequence[Skip]) -> StreamState:
+        """The state after `step`: a pure function, equal on all ranks when `skips` holds the skips of all of them.
+
+        Raises DataError when more than `max_bad` of the samples were bad, or a sample came twice in an epoch.
+        """
+        account = {key: dict(counts) for key, counts in self.account.items()}
+
+        def count(source: str, epoch: int, reason: str, n: int = 1) -> None:
+            entry = account.setdefault((source, epoch), {})
+            entry[reason] = entry.get(reason, 0) + n
+
+        names = self.facts.sources
+        draws = [d for pack in step.packs for d in pack]
+        for draw in draws:
+            count(names[draw.source_idx], draw.epoch, DELIVERED)
+        for drop in step.dropped:
+            count(names[drop.source_idx], drop.epoch, drop.reason)
+        for skip in skips:
+            count(skip.source, skip.epoch, DELIVERED, -1)
+            count(skip.source, skip.epoch, skip.reason)
+        state = replace(
+            self,
+            plan=step.state_after,
+            account=_close_epochs(account, self.facts),
+            num_seen=self.num_seen + len(draws) + len(step.dropped),
+            num_skipped=self.num_skipped + len(skips) + len(step.dropped),
+            num_bad=self.num_bad + len(skips) + sum(d.reason != TOO_LONG for d in step.dropped),
+        )
+        _judge(state, account)
+        return state
+
+
+def _judge(state: StreamState, account: Account) -> None:
+    """Raises DataError when too many samples were bad; `account` tells the reasons."""
+    if state.num_seen < JUDGED_FROM or state.num_bad <= state.facts.max_bad * state.num_seen:
+        return
+    reasons = Counter[str]()
+    for (source, _), counts in account.items():
+        reasons.update(
+            {f"{reason} in '{source}'": n for reason, n in counts.items() if reason not in (DELIVERED, TOO_LONG)}
+        )
+    found = f"{state.num_bad} of {state.num_seen} ({state.num_bad / state.num_seen:.1%})"
+    of_late = ", ".join(f"{reason} {n}" for reason, n in reasons.most_common(5))
+    text = f"expected at most data.max_bad={state.facts.max_bad:.1%} bad samples, found {found}, of late: {of_late}"
+    raise DataError(f"{text}; look at the data with `mmscale-data verify DIR`, or raise data.max_bad")
+
+
+def _close_epochs(account: dict[tuple[str, int], dict[str, int]], facts: StreamFacts) -> Account:
+    """The account without the epochs that are complete; each of them is checked and logged."""
+    still_open = {}
+    for (source, epoch), counts in account.items():
+        drawn, rows = sum(counts.values()), facts.num_rows[source]
+        if drawn > rows or min(counts.values()) < 0:
+            text = f"source '{source}' epoch {epoch}: expected {rows} samples, each once, found {drawn} ({counts})"
+            raise DataError(f"{text}; the data state is damaged: resume from another checkpoint")
+        if drawn < rows:
+            still_open[source, epoch] = {reason: n for reason, n in counts.items() if n}
+            continue
+        skipped = dict(facts.unplanned[source])
+        for reason, n in counts.items():
+            if reason != DELIVERED and n:
+                skipped[reason] = skipped.get(reason, 0) + n
+        indexed = rows + sum(facts.unplanned[source].values())
+        text = ", ".join(f"{reason} {n}" for reason, n in sorted(skipped.items())) or "none"
+        delivered = counts.get(DELIVERED, 0)
+        log.info("epoch %d of '%s': indexed %d = delivered %d + skipped %d (%s)",
+                 epoch, source, indexed, delivered, sum(skipped.values()), text)  # fmt: skip
+    return still_open
+
+
+def _check_fingerprint(saved: Mapping[str, str], now: Mapping[str, str]) -> None:
+    differing = sorted(k for k in {*saved, *now} if saved.get(k) != now.get(k))
+    if differing:
+        parts = ", ".join(f"{k} ({saved.get(k, 'none')} then, {now.get(k, 'none')} now)" for k in differing)
+        text = f"data state: expected the data, mixture and packing of the checkpoint, found another {parts}"
+        raise CheckpointError(f"{text}; restore them, or start a new run with another run.dir")

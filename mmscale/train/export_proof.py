@@ -1,0 +1,54 @@
+"""Opens an export in a fresh process and computes the logits of a probe; run as a script by the export itself.
+
+    python -P export_proof.py FOLDER PROBE RESULT
+
+For a stock LLaVA folder nothing of mmscale is imported: transformers alone must open weights, tokenizer, processor and
+chat template, and must turn the probe's conversation and picture into the same input.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+
+
+def main(folder: str, probe_path: str, result_path: str) -> None:
+    """Writes `logits` fp32 [L, V], and the `input_ids` [L] that the folder's own tokenizer or processor gives."""
+    probe = load_file(probe_path)
+    messages = json.loads(bytes(probe["messages"].tolist()))
+    is_own = json.loads((Path(folder) / "config.json").read_text())["model_type"] == "mmscale"
+    if is_own:
+        from mmscale.model.hub import register
+
+        register()
+    model, loading = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    bad = {name: sorted(keys)[:3] for name, keys in loading.items() if keys}
+    if bad:
+        raise SystemExit(f"the weights do not fit the class {type(model).__name__}: {bad}")
+    if is_own:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        names = ("input_ids", "pixel_values", "input_features", "feature_rows")
+        inputs = {name: probe[name] for name in names if name in probe}
+    else:
+        processor = AutoProcessor.from_pretrained(folder)
+        text = processor.apply_chat_template(messages, add_generation_prompt=True)
+        picture = Image.open(io.BytesIO(bytes(probe["picture"].tolist()))).convert("RGB")
+        inputs = dict(processor(text=[text], images=[picture], return_tensors="pt"))
+        ids = inputs["input_ids"]
+    with torch.no_grad():
+        logits = model.eval()(**inputs).logits[0].float()
+    save_file({"logits": logits.contiguous(), "input_ids": ids[0].contiguous()}, result_path)
+    assert is_own or "mmscale" not in sys.modules, "a stock export must not need mmscale"
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

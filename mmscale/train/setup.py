@@ -1,0 +1,201 @@
+"""From a config to a run that is ready for its next step: mesh, data, model, engine, resume point."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mmscale
+from mmscale import logging
+from mmscale.config.checks import check_config, check_lengths
+from mmscale.config.load import dump_config
+from mmscale.config.schema import Config, SourceConfig
+from mmscale.config.specs import media_specs
+from mmscale.errors import RefusedInputError
+from mmscale.model.composite import MultimodalLM, build_model
+from mmscale.parallel.apply import external_parts, make_engine
+from mmscale.parallel.comm import barrier
+from mmscale.parallel.engines.base import Engine
+from mmscale.parallel.mesh import Mesh
+from mmscale.streaming.loader import Stream
+from mmscale.streaming.state import StreamState
+from mmscale.streaming.tokenizer import TextTokenizer
+from mmscale.train.checkpoint import find_checkpoint
+from mmscale.train.flops import FlopModel, flop_model
+from mmscale.train.optim import ParamGroup, build_optimizer, param_groups
+from mmscale.types import MediaSpecs
+
+log = logging.get_logger(__name__)
+
+DONE = "DONE"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a step needs. `first_step` is the next optimizer step (1 = a new run), `state` the data state before it."""
+
+    config: Config
+    mesh: Mesh
+    stream: Stream
+    eval_stream: Stream | None
+    engine: Engine
+    groups: Sequence[ParamGroup]
+    flops: FlopModel
+    first_step: int
+    state: StreamState
+
+    @property
+    def folder(self) -> Path:
+        """The run directory."""
+        return Path(self.config.run.dir)
+
+
+@contextmanager
+def open_run(config: Config, mesh: Mesh) -> Iterator[Run | None]:
+    """A run at its resume point; None when the run directory says that all steps are done.
+
+    Raises:
+        ConfigError: keys that do not fit each other, the model or the number of processes.
+        RefusedInputError: data that is missing or empty.
+        CheckpointError: checkpoints exist but none is whole, or they belong to another model or other data.
+
+    Distributed: every rank calls it.
+    """
+    check_config(config, mesh.world_size)
+    _set_torch(config)
+    is_done = _is_done(config)
+    barrier(mesh)  # every rank has looked before rank 0 may remove the marker
+    if is_done:
+        yield None
+        return
+    if mesh.is_main:
+        _prepare_folder(config)
+    run = _assemble(config, mesh)
+    try:
+        _print_header(run)
+        yield run
+    finally:
+        run.engine.close()
+
+
+def mark_done(run: Run) -> None:
+    """Writes DONE, last of all: it wins over every request to go on."""
+    if run.mesh.is_main:
+        temporary = run.folder / f".{DONE}.tmp"
+        temporary.write_text(json.dumps({"step": run.config.train.steps}) + "\n")
+        os.replace(temporary, run.folder / DONE)
+    log.info("done: %d steps; next: mmscale consolidate %s OUT", run.config.train.steps, run.folder)
+
+
+def _is_done(config: Config) -> bool:
+    marker = Path(config.run.dir) / DONE
+    if not marker.exists():
+        return False
+    step = json.loads(marker.read_text())["step"]
+    if step < config.train.steps:
+        log.info("%s says %d steps; train.steps=%d, so the run goes on", marker, step, config.train.steps)
+        return False
+    log.info("%s: all %d steps are done; to train on, raise train.steps; to start anew, choose another run.dir", marker, step)
+    return True
+
+
+def _set_torch(config: Config) -> None:
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    torch.use_deterministic_algorithms(config.train.deterministic)
+
+
+def _prepare_folder(config: Config) -> None:
+    """Creates the run directory and keeps the resolved config in it; a changed config is said and kept beside the old."""
+    folder = Path(config.run.dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / DONE).unlink(missing_ok=True)
+        saved, text = folder / "config.yaml", dump_config(config)
+        if saved.exists() and saved.read_text(encoding="utf-8") != text:
+            log.warning("%s differs from the config given now; the one given now is used and saved", saved)
+        temporary = folder / ".config.yaml.tmp"
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, saved)
+    except OSError as error:
+        raise RefusedInputError(f"cannot write the run directory {folder}: {error.strerror}; set run.dir to a folder you may write") from error
+
+
+def _assemble(config: Config, mesh: Mesh) -> Run:
+    tokenizer = load_tokenizer(config)
+    specs = media_specs(config.model, config.data.image)
+    stream = _open_stream(config, config.data.sources, tokenizer, specs, mesh)
+    eval_stream = _open_stream(config, config.eval.sources, tokenizer, specs, mesh) if config.eval.every else None
+    reader = find_checkpoint(Path(config.run.dir) / "checkpoints", mesh)
+    model = build_model(config, tokenizer.vocab_size, specs)
+    check_lengths(config, specs, getattr(model.llm.config, "max_position_embeddings", None))
+    groups = param_groups(model, config.train)
+    optimizer, external = build_optimizer(groups, config.train), external_parts(config.model, config.train)
+    # before the engine: a checkpoint of other data is refused without the work of loading it
+    state = StreamState(stream.facts) if reader is None else stream.restore(reader.trainer["data"])
+    engine = make_engine(model, optimizer, config.parallel, config.train, mesh, external, reader)
+    flops = flop_model(model.parts(), sorted({group.part for group in groups}))
+    return Run(config, mesh, stream, eval_stream, engine, groups, flops, 1 if reader is None else reader.step + 1, state)
+
+
+def load_tokenizer(config: Config) -> TextTokenizer:
+    """The run's tokenizer with its added tokens and padded vocabulary."""
+    section = config.model.tokenizer
+    return TextTokenizer.load(section.path, section.add_tokens, section.pad_to_multiple)
+
+
+def _open_stream(
+    config: Config, sources: Mapping[str, SourceConfig], tokenizer: TextTokenizer, specs: MediaSpecs, mesh: Mesh
+) -> Stream:
+    """The stream of some sources. Rank 0 goes first: it writes the length columns that the others then find."""
+
+    def open_stream() -> Stream:
+        return Stream.open(
+            config.data, sources, tokenizer, specs, global_batch=config.train.global_batch, dp_rank=mesh.dp_rank,
+            dp_size=mesh.dp_size, workers=config.data.workers,
+        )  # fmt: skip
+
+    stream = open_stream() if mesh.is_main else None
+    barrier(mesh)
+    return stream if stream is not None else open_stream()
+
+
+def count_parameters(model: MultimodalLM, trained: Mapping[str, Any]) -> list[tuple[str, int, bool]]:
+    """(part, parameters, whether it is trained) for every part of a model."""
+    return [(name, sum(p.numel() for p in part.parameters()), name in trained) for name, part in model.parts().items()]
+
+
+def _commit() -> str:
+    """The commit of the source tree that runs, or nothing for an installed package."""
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=Path(mmscale.__file__).parent, capture_output=True, text=True, check=False
+        )
+    except OSError:  # no git on this machine
+        return ""
+    return f" ({done.stdout.strip()})" if done.returncode == 0 else ""
+
+
+def _print_header(run: Run) -> None:
+    config, mesh = run.config, run.mesh
+    train = config.train
+    log.info("mmscale %s%s, torch %s, %s", mmscale.__version__, _commit(), torch.__version__, mesh.device)
+    log.info("run %s; the resolved config is config.yaml there", run.folder)
+    log.info(
+        "%d processes: %d data-parallel, engine %s; %d packs of %d tokens per step = %d tokens",
+        mesh.world_size, mesh.dp_size, type(run.engine).__name__, train.global_batch, config.data.seq_len,
+        train.global_batch * config.data.seq_len,
+    )  # fmt: skip
+    for group in run.groups:
+        size = sum(p.numel() if p.numel() else getattr(p, "ds_numel", 0) for p in group.params)
+        log.info("train %-17s %12s parameters, peak lr %.1e, weight decay %g", group.part, f"{size:,}", group.lr, group.weight_decay)
+    if run.first_step > 1:
+        log.info("resumed after step %d of %d", run.first_step - 1, train.steps)

@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # also handed on to the spawned ranks
+
+from gloo_ranks import Ranks
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[[int], Ranks]]:
+    """`ranks(2)` gives two gloo processes, started at the first use and kept for the whole session."""
+    pools: dict[int, Ranks] = {}
+
+    def get(world_size: int) -> Ranks:
+        if world_size not in pools:
+            pools[world_size] = Ranks(world_size)
+        return pools[world_size]
+
+    yield get
+    for pool in pools.values():
+        pool.close()

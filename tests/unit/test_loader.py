@@ -1,0 +1,333 @@
+"""The stream: the same packs for any number of workers and ranks, a resume that is a jump, and no sample lost or hidden."""
+
+import gc
+import json
+import logging
+import multiprocessing
+import os
+import random
+import signal
+from collections import Counter
+from dataclasses import fields
+from io import BytesIO
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from mmscale.config.schema import DataConfig, SourceConfig
+from mmscale.data_tools.writer import ShardWriter
+from mmscale.errors import CheckpointError, ConfigError, DataError, MissingExtraError
+from mmscale.streaming import loader
+from mmscale.streaming.loader import Stream, StreamState
+from mmscale.streaming.rows import encode_row
+from mmscale.streaming.tokenizer import TextTokenizer
+from mmscale.types import ImageSpec, MediaSpecs, PackedBatch, Turn
+
+SPECS = MediaSpecs(ImageSpec(size=8, tokens=4))
+NUM_TEXT, NUM_IMAGES, BROKEN = 41, 23, (3, 11, 12)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}')
+    return TextTokenizer.load(folder)
+
+
+def picture(i, whole=True):
+    buffer = BytesIO()
+    pixels = np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue() if whole else buffer.getvalue()[:-60]  # the header still says 8 x 8
+
+
+def row(user, answer="yes"):
+    return encode_row([Turn("user", user), Turn("assistant", answer)])
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    with ShardWriter(folder / "text", max_samples=16) as writer:
+        for i in range(NUM_TEXT):
+            writer.write(f"{i:03}", {"json": row("q" * (i * 7 % 60), "a" * (i % 5))})
+        writer.write("long", {"json": row("x" * 400)})
+    with ShardWriter(folder / "images") as writer:
+        for i in range(NUM_IMAGES):
+            writer.write(f"{i:03}", {"json": row(f"<image>\n{i}"), "png": picture(i, whole=i not in BROKEN)})
+    return folder
+
+
+def open_stream(root, tokenizer, dp_rank=0, dp_size=1, workers=0, sources=("text", "images"), global_batch=4, **data):
+    data = {"seq_len": 256, "plan_group": 4, "window": 32, "seed": 3, "root": str(root), **data}
+    configs = {name: SourceConfig(path=name) for name in sources}
+    config = DataConfig(sources=configs, **data)
+    return Stream.open(
+        config, configs, tokenizer, SPECS, global_batch=global_batch, dp_rank=dp_rank, dp_size=dp_size, workers=workers
+    )
+
+
+def take(stream, num_steps, state=None):
+    """Steps of one rank, with the state after each from this rank's skips alone."""
+    steps, out = stream.steps(state), []
+    try:
+        for _ in range(num_steps):
+            batch = next(steps)
+            state = batch.state_after(state, [s for p in batch.packs for s in p.skipped])
+            out.append((batch, state))
+    finally:
+        steps.close()
+    return out
+
+
+def same(a, b):
+    if isinstance(a, PackedBatch):
+        plain = [f.name for f in fields(a) if f.name in ("lengths", "ids", "tokens", "skipped")]
+        tensors = list(a.tensors()), list(b.tensors())
+        return all(getattr(a, n) == getattr(b, n) for n in plain) and all(map(torch.equal, *tensors))
+    return len(a) == len(b) and all(map(same, a, b))
+
+
+def test_workers_change_nothing(root, tokenizer):
+    alone = take(open_stream(root, tokenizer), 12)
+    for workers in (1, 2):
+        shared = take(open_stream(root, tokenizer, workers=workers), 12)
+        for (a, state_a), (b, state_b) in zip(alone, shared, strict=True):
+            assert same(a.packs, b.packs) and a.ids == b.ids and a.num_epochs == b.num_epochs
+            assert state_a.to_dict() == state_b.to_dict()
+    assert sum(len(p.skipped) for b, _ in alone for p in b.packs) > 0
+    assert not same(alone[0][0].packs, alone[1][0].packs)
+
+
+@pytest.mark.parametrize("dp_size", [2, 4])
+def test_ranks_share_one_stream(root, tokenizer, dp_size):
+    alone = [batch for batch, _ in take(open_stream(root, tokenizer), 8)]
+    by_rank = [[b for b, _ in take(open_stream(root, tokenizer, r, dp_size), 8)] for r in range(dp_size)]
+    for step, whole in enumerate(alone):
+        ranks = [batches[step] for batches in by_rank]
+        assert all(b.ids == whole.ids for b in ranks)
+        assert {len(b.packs) for b in ranks} == {4 // dp_size}
+        ids = Counter(i for b in ranks for p in b.packs for i in p.ids)
+        assert ids == Counter(whole.ids)
+
+
+def test_resume_is_exact_at_any_step_and_size(root, tokenizer, seed):
+    straight = take(open_stream(root, tokenizer), 24)
+    rng, done, state, stream = random.Random(seed), 0, None, None
+    while done < 24:
+        workers, num_steps = rng.choice([0, 0, 1]), rng.randint(1, 9)
+        stream = open_stream(root, tokenizer, workers=workers)
+        state = None if state is None else stream.restore(json.loads(json.dumps(state)))
+        for batch, after in take(stream, min(num_steps, 24 - done), state):
+            expected, expected_state = straight[done]
+            assert same(batch.packs, expected.packs) and batch.ids == expected.ids
+            assert after.to_dict() == expected_state.to_dict()
+            done, state = done + 1, after.to_dict()
+    assert len(json.dumps(state)) < 8_000
+
+
+def test_every_sample_is_delivered_or_skipped_by_name(root, tokenizer, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("mmscale"), "propagate", True)
+    with caplog.at_level(logging.INFO, "mmscale"):
+        steps = take(open_stream(root, tokenizer), 40)
+    epochs = {}
+    for batch, _ in steps:
+        skips = {(s.source, s.epoch, s.id): s for p in batch.packs for s in p.skipped}
+        for (_, pack), planned in zip(enumerate(batch.packs), batch.planned.for_rank(0, 1), strict=True):
+            for sample_id, draw in zip(pack.ids, planned, strict=True):
+                source = ("text", "images")[draw.source_idx]
+                reason = (
+                    skips[source, draw.epoch, sample_id].reason if (source, draw.epoch, sample_id) in skips else None
+                )
+                epochs.setdefault((source, draw.epoch), []).append((sample_id, reason))
+    images, text = epochs["images", 0], epochs["text", 0]
+    assert sorted(i for i, _ in images) == [f"images/000000.tar:{i:03}" for i in range(NUM_IMAGES)]
+    assert sorted(i for i, r in images if r == "decode_image") == [f"images/000000.tar:{i:03}" for i in BROKEN]
+    assert len({i for i, _ in text}) == len(text) == NUM_TEXT and all(r is None for _, r in text)
+    lines = [r.getMessage() for r in caplog.records if "indexed" in r.getMessage()]
+    assert "epoch 0 of 'images': indexed 23 = delivered 20 + skipped 3 (decode_image 3)" in lines
+    assert "epoch 0 of 'text': indexed 42 = delivered 41 + skipped 1 (too_long 1)" in lines
+    final = steps[-1][1]
+    assert all(sum(c.values()) < final.facts.num_rows[s] for (s, _), c in final.account.items())
+    assert final.num_skipped > final.num_bad > 0
+
+
+def test_a_bad_sample_does_not_move_the_plan(root, tokenizer):
+    for batch, _ in take(open_stream(root, tokenizer), 10):
+        for pack, planned in zip(batch.packs, batch.planned.for_rank(0, 1), strict=True):
+            assert pack.lengths == tuple(d.tokens for d in planned)
+            for skip in pack.skipped:
+                i = pack.ids.index(skip.id)
+                span = slice(int(pack.cu_seqlens[i]), int(pack.cu_seqlens[i + 1]))
+                assert (pack.labels[span] == -100).all()
+                assert skip.offset > 0 and skip.source == "images" and skip.reason == "decode_image"
+
+
+def test_on_error_raise_names_the_sample(root, tokenizer):
+    with pytest.raises(DataError, match=r"images/000000\.tar:0(03|11|12) at offset \d+.*decode_image"):
+        take(open_stream(root, tokenizer, on_error="raise", workers=1), 10)
+
+
+def test_too_many_bad_samples_stop_the_run(root, tokenizer, monkeypatch):
+    monkeypatch.setattr("mmscale.streaming.state.JUDGED_FROM", 64)
+    take(open_stream(root, tokenizer, max_bad=0.5), 12)
+    with pytest.raises(DataError, match=r"data\.max_bad=1\.0%.*decode_image"):
+        take(open_stream(root, tokenizer, max_bad=0.01), 12)
+
+
+def test_an_unexpected_failure_costs_one_sample(root, tokenizer, monkeypatch):
+    whole = loader.Encoder.encode
+
+    def encode(self, sample):
+        if sample.id.endswith("text/000000.tar:005"):
+            raise ZeroDivisionError("what a decoder may do")
+        return whole(self, sample)
+
+    monkeypatch.setattr(loader.Encoder, "encode", encode)
+    reasons = Counter(
+        s.reason
+        for b, _ in take(open_stream(root, tokenizer, sources=("text",)), 8)
+        for p in b.packs
+        for s in p.skipped
+    )
+    assert set(reasons) == {"unexpected"} and reasons["unexpected"] >= 1
+
+
+def test_a_missing_extra_is_no_bad_sample(root, tokenizer, monkeypatch):
+    def encode(self, sample):
+        raise MissingExtraError("torchaudio", "audio", "audio input")
+
+    monkeypatch.setattr(loader.Encoder, "encode", encode)
+    with pytest.raises(ConfigError, match=r"mmscale\[audio\]"):
+        take(open_stream(root, tokenizer, workers=1), 1)
+
+
+def test_a_length_that_was_not_planned_is_a_skip(root, tokenizer, monkeypatch):
+    whole = loader.Encoder.encode
+
+    def encode(self, sample):
+        document = whole(self, sample)
+        if not sample.id.endswith(":007"):
+            return document
+        return type(document)(document.id, document.input_ids[:-1], document.is_target[:-1], document.media)
+
+    monkeypatch.setattr(loader.Encoder, "encode", encode)
+    batches = [b for b, _ in take(open_stream(root, tokenizer, sources=("text",)), 8)]
+    assert {s.reason for b in batches for p in b.packs for s in p.skipped} == {"length"}
+
+
+def test_other_data_or_packing_is_refused_at_resume(root, tokenizer):
+    state = take(open_stream(root, tokenizer), 1)[0][1].to_dict()
+    for changed, part in (
+        ({"seq_len": 128}, "packing"),
+        ({"sources": ("text",)}, "shards"),
+        ({"template": "plain"}, "encoding"),
+    ):
+        with pytest.raises(CheckpointError, match=part):
+            open_stream(root, tokenizer, **changed).restore(state)
+    with pytest.raises(CheckpointError, match="account"):
+        open_stream(root, tokenizer).restore({"fingerprint": {}})
+    restored = open_stream(root, tokenizer, global_batch=8, workers=1, max_bad=0.3).restore(state)
+    assert isinstance(restored, StreamState)
+
+
+def test_a_global_batch_that_does_not_divide_is_refused(root, tokenizer):
+    with pytest.raises(ConfigError, match=r"train\.global_batch=4.*3"):
+        open_stream(root, tokenizer, dp_size=3)
+
+
+@pytest.mark.parametrize("dp_size", [1, 2, 4])
+def test_a_pass_gives_every_rank_the_same_number_of_turns(root, tokenizer, dp_size):
+    turns = [list(open_stream(root, tokenizer, r, dp_size).passes()) for r in range(dp_size)]
+    assert len({len(t) for t in turns}) == 1
+    packs = [p for t in turns for p in t if p is not None]
+    ids = Counter(i for p in packs for i in p.ids)
+    assert len(ids) == NUM_TEXT + NUM_IMAGES and set(ids.values()) == {1}
+    assert sorted(s.id[-3:] for p in packs for s in p.skipped) == [f"{i:03}" for i in BROKEN]
+    assert all(p is not None for t in turns for p in t[:-1])
+
+
+def test_a_short_pass_holds_the_first_packs(root, tokenizer):
+    whole, short = (list(open_stream(root, tokenizer, workers=w).passes(n)) for w, n in ((0, None), (1, 3)))
+    assert len(short) == 3 and same(short, whole[:3])
+
+
+def test_the_trainers_random_numbers_are_left_alone(root, tokenizer):
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    take(open_stream(root, tokenizer, workers=1), 1)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_killed_worker_is_a_clear_error(root, tokenizer):
+    steps = open_stream(root, tokenizer, workers=1, prefetch=1).steps()
+    next(steps)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(DataError, match=r"DataLoader worker \(pid.*data\.workers"):
+        for _ in range(20):
+            next(steps)
+
+
+def test_workers_leave_signals_to_the_trainer(root, tokenizer):
+    expected = take(open_stream(root, tokenizer), 6)
+    steps = open_stream(root, tokenizer, workers=1, prefetch=1).steps()
+    batches = [next(steps)]
+    (worker,) = multiprocessing.active_children()
+    send = multiprocessing.get_context("fork").Process(target=_signal_all, args=(worker.pid,))
+    send.start()
+    send.join()
+    assert send.exitcode == 0
+    batches += [next(steps) for _ in range(5)]
+    assert worker.is_alive()
+    assert all(same(a.packs, b.packs) for a, (b, _) in zip(batches, expected, strict=True))
+    worker.terminate()  # from its trainer it obeys at once
+    worker.join(timeout=20)
+    assert worker.exitcode == 0
+    steps.close()
+
+
+def _signal_all(pid):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        os.kill(pid, number)
+
+
+def test_closing_the_steps_ends_the_workers(root, tokenizer):
+    steps = open_stream(root, tokenizer, workers=2).steps()
+    next(steps)
+    assert len(multiprocessing.active_children()) == 2
+    steps.close()
+    gc.collect()
+    assert not multiprocessing.active_children()
+
+
+def test_a_shard_that_changes_while_it_is_read_ends_the_run(tmp_path, tokenizer):
+    with ShardWriter(tmp_path / "text") as writer:
+        for i in range(30):
+            writer.write(f"{i:03}", {"json": row("q" * i)})
+    stream = open_stream(tmp_path, tokenizer, sources=("text",), workers=1)
+    tar = tmp_path / "text" / "000000.tar"
+    os.truncate(tar, tar.stat().st_size // 2)
+    with pytest.raises(DataError, match=r"000000\.tar"):
+        take(stream, 5)
+
+
+@pytest.mark.parametrize("num_samples", [1, 2])
+def test_a_tiny_set_works(tmp_path, tokenizer, num_samples):
+    with ShardWriter(tmp_path / "text") as writer:
+        for i in range(num_samples):
+            writer.write(f"{i}", {"json": row("q")})
+    batches = take(open_stream(tmp_path, tokenizer, sources=("text",)), 3)
+    assert all(len(b.packs) == 4 for b, _ in batches)
+    assert batches[-1][0].num_epochs == pytest.approx(sum(len(b.ids) for b, _ in batches) / num_samples)
+    assert len(list(open_stream(tmp_path, tokenizer, sources=("text",)).passes())) == 1
