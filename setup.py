@@ -9,11 +9,13 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = next(
-    line.split('"')[1] for line in (HERE / "mmscale/__init__.py").read_text().splitlines() if line.startswith("__version__")
+    line.split('"')[1]
+    for line in (HERE / "mmscale/__init__.py").read_text().splitlines()
+    if line.startswith("__version__")
 )
 
 EXTRAS = {
-    "deepspeed": ["deepspeed>=0.18", "ninja"],
+    "deepspeed": ["deepspeed>=0.19.8", "ninja"],
     "megatron": ["megatron-core>=0.16"],
     "audio": ["torchaudio>=2.9"],
     "peft": ["peft>=0.18"],

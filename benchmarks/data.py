@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from mmscale.streaming.tokenizer import TextTokenizer
 from mmscale.types import Turn
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-FRAME_TOKENS = 9
+CHAT_TOKENS = 9
 """Tokens of a ChatML question and answer besides their texts."""
 
 
@@ -39,7 +39,10 @@ def write_tokenizer(folder: Path) -> TextTokenizer:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=1500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=list(SPECIALS), show_progress=False
+        vocab_size=1500,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=list(SPECIALS),
+        show_progress=False,
     )
     texts = [" ".join(["", *WORDS])] * 4 + ["user\n", "assistant\n", "system\n"] * 9
     backend.train_from_iterator(texts, trainer)
@@ -68,7 +71,7 @@ def write_conversations(
         for i, length in enumerate(lengths):
             members: dict[str, bytes | Path] = {}
             has_image = bool(images) and length >= 2 * image_tokens and rng.random() < 0.7
-            words = length - FRAME_TOKENS - (image_tokens + 1 if has_image else 0)
+            words = length - CHAT_TOKENS - (image_tokens + 1 if has_image else 0)
             answer = max(1, round(words * rng.uniform(0.4, 0.6)))
             question = make_text(rng, max(1, words - answer))
             if has_image:
@@ -102,7 +105,9 @@ def write_small_rows(folder: Path, num_samples: int, num_bytes: int, seed: int) 
 def noise_jpeg(seed: int) -> bytes:
     """A JPEG of smooth noise, 448 x 336 pixels, about 75 KB."""
     rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 256, (84, 112, 3), dtype=np.uint8)).resize((448, 336), Image.Resampling.BICUBIC)
+    coarse = Image.fromarray(rng.integers(0, 256, (84, 112, 3), dtype=np.uint8)).resize(
+        (448, 336), Image.Resampling.BICUBIC
+    )
     fine = np.asarray(coarse).astype(np.int16) + rng.integers(-24, 25, (336, 448, 3))
     return _encode(fine.clip(0, 255).astype(np.uint8), "JPEG", quality=84)
 
@@ -121,8 +126,3 @@ def _encode(pixels: NDArray[np.uint8], kind: str, **options: int) -> bytes:
 def lognormal(rng: np.random.Generator, median: float, sigma: float, lo: int, hi: int, size: int) -> NDArray[np.int64]:
     """Skewed lengths, int64 [size], cut at `lo` and `hi`."""
     return np.exp(rng.normal(np.log(median), sigma, size)).astype(np.int64).clip(lo, hi)
-
-
-def chunks(items: Sequence[int], size: int) -> Iterable[Sequence[int]]:
-    """Whole runs of `size` neighbours."""
-    return (items[i : i + size] for i in range(0, len(items) - size + 1, size))

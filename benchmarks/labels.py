@@ -41,7 +41,9 @@ def labels_ms_16k(settings: Settings) -> Result:
         return encode_chat(template, own, turns, {}).is_target
 
     def peer() -> np.ndarray:
-        out = theirs.apply_chat_template(messages, chat_template=JINJA, return_assistant_tokens_mask=True, return_dict=True)
+        out = theirs.apply_chat_template(
+            messages, chat_template=JINJA, return_assistant_tokens_mask=True, return_dict=True
+        )
         return np.array(out["assistant_masks"])
 
     mask = ours(known)

@@ -69,7 +69,9 @@ def pad(documents: Sequence[EncodedSample], pad_id: int) -> PaddedBatch:
 class PaddedTrainer:
     """Trains a `MultimodalLM` on padded batches; one micro-batch per optimizer step."""
 
-    def __init__(self, config: Config, vocab_size: int, shards: ShardSet, encoder: Encoder, device: torch.device) -> None:
+    def __init__(
+        self, config: Config, vocab_size: int, shards: ShardSet, encoder: Encoder, device: torch.device
+    ) -> None:
         self._train, self._device = config.train, device
         self._shards, self._encoder = shards, encoder
         self.model = _with_sdpa(build_model(config, vocab_size, encoder.specs)).to(device)

@@ -50,7 +50,9 @@ Benchmark = Callable[[Settings], Result]
 Clock = Callable[[], float]
 
 
-def interleaved(actions: list[Callable[[], object]], rounds: int, clock: Clock = time.perf_counter) -> list[list[float]]:
+def interleaved(
+    actions: list[Callable[[], object]], rounds: int, clock: Clock = time.perf_counter
+) -> list[list[float]]:
     """Seconds of each action in each round [actions][rounds]; the actions take turns, after one untimed round."""
     for action in actions:
         action()

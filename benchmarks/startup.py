@@ -30,10 +30,13 @@ WINDOWS_RUN = 8
 def help_s(_: Settings) -> Result:
     """Wall time of a whole `mmscale --help` process."""
     command = [sys.executable, "-m", "mmscale", "--help"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in (os.getcwd(), os.environ.get("PYTHONPATH")) if p)}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(p for p in (os.getcwd(), os.environ.get("PYTHONPATH")) if p),
+    }
     bare = [sys.executable, "-c", "pass"]
     times: dict[str, list[float]] = {"help": [], "bare": []}
-    for _ in range(7):
+    for _round in range(7):
         for name, argv in (("help", command), ("bare", bare)):
             started = time.perf_counter()
             subprocess.run(argv, check=True, stdout=subprocess.DEVNULL, env=environment)
@@ -73,13 +76,13 @@ def open_stream(folder: Path, tokenizer: TextTokenizer) -> Stream:
 def _late_state(stream: Stream) -> str:
     """A resume point of many epochs later, as JSON."""
     data = stream.data
-    plan = Plan(stream.plan_sources, seq_len=data.seq_len, plan_group=data.plan_group, window=data.window, seed=data.seed)
-    state = PlanState(window=EPOCHS_BEFORE * NUM_ROWS // plan.window)
-    last = state.window + WINDOWS_RUN
-    for _, _, state in plan.packs(state):  # noqa: B007: the place after the last pack is wanted
-        if state.window == last and state.pack == 8:
-            break
-    return json.dumps(StreamState(stream.facts, replace(state, step=100_000)).to_dict())
+    plan = Plan(
+        stream.plan_sources, seq_len=data.seq_len, plan_group=data.plan_group, window=data.window, seed=data.seed
+    )
+    start = PlanState(window=EPOCHS_BEFORE * NUM_ROWS // plan.window)
+    places = (after for _, _, after in plan.packs(start))
+    late = next(p for p in places if p.window == start.window + WINDOWS_RUN and p.pack == 8)
+    return json.dumps(StreamState(stream.facts, replace(late, step=100_000)).to_dict())
 
 
 def _replay_s(folder: Path) -> float:

@@ -41,7 +41,9 @@ class MissingExtraError(ConfigError):
 
     def __init__(self, package: str, extra: str, needed_for: str, cause: BaseException | None = None) -> None:
         found = f"import failed with {type(cause).__name__}: {cause}" if cause is not None else "it is not installed"
-        super().__init__(f"{needed_for} needs the package '{package}', but {found}; run: pip install 'mmscale[{extra}]'")
+        super().__init__(
+            f"{needed_for} needs the package '{package}', but {found}; run: pip install 'mmscale[{extra}]'"
+        )
 
 
 class BadSampleError(DataError):

@@ -214,7 +214,8 @@ class PackedBatch:
 
     def tensors(self) -> Iterable[torch.Tensor]:
         """All tensors of the batch."""
-        for batch in (self, *self.media.values()):
+        batches: list[PackedBatch | MediaBatch] = [self, *self.media.values()]
+        for batch in batches:
             for f in fields(batch):
                 value = getattr(batch, f.name)
                 if hasattr(value, "device"):

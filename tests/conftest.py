@@ -6,9 +6,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import secrets  # noqa: E402
+import secrets
 
-import pytest  # noqa: E402
+import pytest
 
 
 @pytest.fixture

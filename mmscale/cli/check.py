@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -13,7 +15,6 @@ from mmscale.config.specs import media_specs
 from mmscale.model.composite import skeleton
 from mmscale.model.description import describe
 from mmscale.streaming.chat import load_template
-from mmscale.streaming.decode.dsp import check_audio_backend
 from mmscale.streaming.shards import ShardSet
 from mmscale.streaming.tokenizer import TextTokenizer
 from mmscale.types import MediaSpecs
@@ -26,39 +27,46 @@ def run(config_path: str, overrides: list[str], world_size: int) -> None:
     specs = media_specs(config.model, config.data.image)
     section = config.model.tokenizer
     tokenizer = TextTokenizer.load(section.path, section.add_tokens, section.pad_to_multiple)
-    for source in (config.data, *config.data.sources.values()):
-        load_template(source.template or config.data.template)
-    if specs.audio is not None:
-        check_audio_backend()
-    console = Console(highlight=False)
-    console.print(_layout(config, world_size, specs))
-    console.print(_sources(config))
-    console.print(_parts(config, tokenizer, specs))
+    for template in {config.data.template, *(s.template for s in config.data.sources.values() if s.template)}:
+        load_template(template)
+    tables = (_layout(config, world_size, specs), _sources(config), _parts(config, tokenizer, specs))
+    console = Console(highlight=False)  # printed only when everything holds
+    for table in tables:
+        console.print(table)
 
 
 def _layout(config: Config, world_size: int, specs: MediaSpecs) -> Table:
     p, train = config.parallel, config.train
-    dp_size = data_parallel_size(config, world_size)
+    dp_size = data_parallel_size(config.parallel, world_size)
     table = Table("layout", "", title=f"run {config.run.dir}", title_justify="left")
-    table.add_row("processes", f"{world_size} = tensor {p.tensor} x ulysses {p.ulysses} x ring {p.ring} x data {dp_size}")
+    table.add_row(
+        "processes", f"{world_size} = tensor {p.tensor} x ulysses {p.ulysses} x ring {p.ring} x data {dp_size}"
+    )
     engine = "none (one process)" if world_size == 1 and p.engine == "auto" else f"deepspeed, ZeRO-{p.zero_stage}"
     table.add_row("engine", f"{engine}, {train.dtype}")
     packs = train.global_batch // dp_size
-    table.add_row("step", f"{train.global_batch} packs = {dp_size} ranks x {packs} micro-batches of {config.data.seq_len} tokens")
+    table.add_row(
+        "step", f"{train.global_batch} packs = {dp_size} ranks x {packs} micro-batches of {config.data.seq_len} tokens"
+    )
     table.add_row("tokens per step", f"{train.global_batch * config.data.seq_len:,}")
     table.add_row("steps", f"{train.steps:,} = {train.steps * train.global_batch * config.data.seq_len:,} tokens")
     if specs.image is not None:
-        table.add_row("image", f"{specs.image.size} x {specs.image.size} pixels ({specs.image.mode}) = {specs.image.tokens} tokens")
+        table.add_row(
+            "image",
+            f"{specs.image.size} x {specs.image.size} pixels ({specs.image.mode}) = {specs.image.tokens} tokens",
+        )
     if specs.audio is not None:
         a = specs.audio
-        table.add_row("audio", f"{a.window_samples / a.rate_hz:g} s at {a.rate_hz} Hz ({a.features}) = {a.tokens} tokens")
+        table.add_row(
+            "audio", f"{a.window_samples / a.rate_hz:g} s at {a.rate_hz} Hz ({a.features}) = {a.tokens} tokens"
+        )
     return table
 
 
 def _sources(config: Config) -> Table:
     table = Table("source", "samples", "shards put aside", "skipped when indexed", "weight", "template")
     for name, source in config.data.sources.items():
-        shards = ShardSet.open(f"{config.data.root}/{source.path}", source.path)
+        shards = ShardSet.open(Path(config.data.root) / source.path, source.path)
         skipped = ", ".join(f"{reason} {n}" for reason, n in shards.skipped.items()) or "none"
         weight = "by size" if source.weight is None else f"{source.weight:g}"
         aside = ", ".join(shards.quarantined) or "none"
@@ -76,7 +84,12 @@ def _parts(config: Config, tokenizer: TextTokenizer, specs: MediaSpecs) -> Table
         count = sum(p.numel() for p in part.parameters())
         setting = getattr(config.train.parts, name)
         is_trained = setting.tune == "full"
-        table.add_row(name, f"{count:,}", "yes" if is_trained else "frozen", f"{setting.lr or config.train.lr:.1e}" if is_trained else "")
+        table.add_row(
+            name,
+            f"{count:,}",
+            "yes" if is_trained else "frozen",
+            f"{setting.lr or config.train.lr:.1e}" if is_trained else "",
+        )
         total, trained = total + count, trained + count * is_trained
     table.add_section()
     table.add_row("all", f"{total:,}", f"{trained:,}", "")

@@ -18,7 +18,9 @@ def run(source: str, out: str, target: str, drop: list[str], dtype: str, max_sha
         raise ConfigError(f"--target: expected {', '.join(get_args(Target))}, found {target!r}")
     export = consolidate(Path(source), Path(out), cast(Target, target), drop, dtype, int(max_shard_gb * 1e9))
     kind = "stock LlavaForConditionalGeneration" if export.target == "llava" else "mmscale's own class"
-    print(f"{export.folder}: {kind} of step {export.step}, {export.num_tensors} tensors, {export.num_bytes / 1e6:.1f} MB")
+    print(
+        f"{export.folder}: {kind} of step {export.step}, {export.num_tensors} tensors, {export.num_bytes / 1e6:.1f} MB"
+    )
     if export.left_out:
         print(f"left out: {', '.join(export.left_out)} (tower and connector)")
     print(f"proved in a fresh process: logits equal the training model's, relative difference {export.logit_error:.1e}")

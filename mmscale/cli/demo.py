@@ -45,12 +45,20 @@ def run(folder: str) -> None:
     tasks = [data / "heldout" / name for name in HELDOUT]
     _command("mmscale", "eval", export, *tasks, "--out", root / "answers.jsonl")
     stock = Path(mmscale.__file__).parent / "eval/stock_llava.py"
-    _command("python", stock, llava, *tasks, "--out", root / "answers_llava.jsonl")
+    _command("python", "-P", stock, llava, *tasks, "--out", root / "answers_llava.jsonl")
     answers, stock_answers = _rows(root / "answers.jsonl"), _rows(root / "answers_llava.jsonl")
     _compare(answers, stock_answers)
     scores = score_table(answers)
-    _report(root, run_dir, data, answers, {task: f"{right}/{total} = {right / total:.3f}" for task, (right, total) in scores.items()})
-    print(f"training took {trained:.0f} s, everything {time.monotonic() - started:.0f} s; picture: {root / 'report.png'}")
+    _report(
+        root,
+        run_dir,
+        data,
+        answers,
+        {task: f"{right}/{total} = {right / total:.3f}" for task, (right, total) in scores.items()},
+    )
+    print(
+        f"training took {trained:.0f} s, everything {time.monotonic() - started:.0f} s; picture: {root / 'report.png'}"
+    )
     right, total = scores["digits"]
     print(f"demo: exact_match={right / total:.4f} export={export} llava={llava}")
 
@@ -59,7 +67,9 @@ def _fresh(root: Path) -> Path:
     """An empty folder for the demo; only a folder that an earlier demo made is emptied."""
     if root.exists() and any(root.iterdir()):
         if not (root / MARKER).exists():
-            raise ConfigError(f"expected a new or an earlier demo's folder, found other files in {root}; give another folder")
+            raise ConfigError(
+                f"expected a new or an earlier demo's folder, found other files in {root}; give another folder"
+            )
         shutil.rmtree(root)
     root.mkdir(parents=True, exist_ok=True)
     (root / MARKER).touch()
@@ -119,9 +129,13 @@ def _compare(ours: Sequence[dict[str, Any]], stock: Sequence[dict[str, Any]]) ->
     """Says how often the stock model gave the same answer, token for token, and fails when it did not."""
     own = {row["id"]: row["answer_ids"] for row in ours}
     different = [row["id"] for row in stock if own[row["id"]] != row["answer_ids"]]
-    print(f"\nstock LLaVA, opened by transformers alone: {len(stock) - len(different)}/{len(stock)} answers equal token for token")
+    print(
+        f"\nstock LLaVA, opened by transformers alone: {len(stock) - len(different)}/{len(stock)} answers equal token for token"
+    )
     if different:
-        raise DemoError(f"expected equal greedy answers from both exports, found {len(different)} that differ, first {different[0]}")
+        raise DemoError(
+            f"expected equal greedy answers from both exports, found {len(different)} that differ, first {different[0]}"
+        )
 
 
 def _report(root: Path, run_dir: Path, data: Path, answers: Sequence[dict[str, Any]], scores: dict[str, str]) -> None:
@@ -134,5 +148,11 @@ def _report(root: Path, run_dir: Path, data: Path, answers: Sequence[dict[str, A
         rows = {shards.id(i): i for i in range(len(shards))}
         for row in [a for a in answers if a["task"] == task][:count]:
             image = shards.read(rows[row["id"]]).media[0].data
-            pictures.append({"image": image, "question": row["question"].replace("<image>", "").strip(), **{k: row[k] for k in ("answer", "truth")}})
+            pictures.append(
+                {
+                    "image": image,
+                    "question": row["question"].replace("<image>", "").strip(),
+                    **{k: row[k] for k in ("answer", "truth")},
+                }
+            )
     draw_report(run_dir / "metrics.jsonl", pictures, scores, root / "report.png")

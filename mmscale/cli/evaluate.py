@@ -11,7 +11,15 @@ from mmscale.eval.exact_match import ask, score_table, write_answers
 from mmscale.streaming.shards import ShardSet
 
 
-def run(model: str, data: list[str], out: str | None, batch_size: int, max_new_tokens: int, modalities: list[str], device: str) -> None:
+def run(
+    model: str,
+    data: list[str],
+    out: str | None,
+    batch_size: int,
+    max_new_tokens: int,
+    modalities: list[str],
+    device: str,
+) -> None:
     """Asks every row, prints the table and writes the answers."""
     generator = mmscale.load(model, device=device)
     shards = [ShardSet.open(Path(folder), Path(folder).name) for folder in data]

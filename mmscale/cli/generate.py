@@ -13,10 +13,18 @@ from mmscale.types import MediaBytes, Sample, Turn
 
 
 def run(
-    model: str, prompt: str, images: Sequence[str], audios: Sequence[str], videos: Sequence[str], max_new_tokens: int, device: str
+    model: str,
+    prompt: str,
+    images: Sequence[str],
+    audios: Sequence[str],
+    videos: Sequence[str],
+    max_new_tokens: int,
+    device: str,
 ) -> None:
     """Prints the model's greedy answer."""
-    media = tuple(_read(path, kind) for kind, paths in (("image", images), ("audio", audios), ("video", videos)) for path in paths)
+    media = tuple(
+        _read(path, kind) for kind, paths in (("image", images), ("audio", audios), ("video", videos)) for path in paths
+    )
     try:
         turns = place_media((Turn("user", prompt),), [item.modality for item in media])
     except BadSampleError as error:

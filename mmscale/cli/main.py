@@ -22,7 +22,8 @@ app = typer.Typer(
 
 ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/recipes/digits.yaml.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides such as train.lr=1e-4; keys: docs/configuration.md.")
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides such as train.lr=1e-4; keys: docs/configuration.md."),
 ]
 
 
@@ -60,9 +61,16 @@ def check(
 
 @app.command()
 def consolidate(
-    source: Annotated[str, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="Run directory (its newest verified checkpoint) or one checkpoint.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN_OR_CHECKPOINT", help="Run directory (its newest verified checkpoint) or one checkpoint."
+        ),
+    ],
     out: Annotated[str, typer.Argument(metavar="OUT", help="New folder for the Hugging Face model.")],
-    target: Annotated[str, typer.Option(help="auto: stock LLaVA when everything fits, else mmscale's class; llava; mmscale.")] = "auto",
+    target: Annotated[
+        str, typer.Option(help="auto: stock LLaVA when everything fits, else mmscale's class; llava; mmscale.")
+    ] = "auto",
     drop: Annotated[list[str] | None, typer.Option(help="Leave a modality out: audio.")] = None,
     dtype: Annotated[str, typer.Option(help="Stored type: fp32, bf16.")] = "fp32",
     max_shard_gb: Annotated[float, typer.Option(min=0.001, help="Largest safetensors file in GB.")] = 4.0,
@@ -74,7 +82,9 @@ def consolidate(
 @app.command()
 def generate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder written by mmscale consolidate.")],
-    prompt: Annotated[str, typer.Option(help="The question; media go in front of it unless it holds <image> or <audio>.")],
+    prompt: Annotated[
+        str, typer.Option(help="The question; media go in front of it unless it holds <image> or <audio>.")
+    ],
     image: Annotated[list[str] | None, typer.Option(help="Image file; may be repeated.")] = None,
     audio: Annotated[list[str] | None, typer.Option(help="Audio file; may be repeated.")] = None,
     video: Annotated[list[str] | None, typer.Option(help="Video file; may be repeated.")] = None,
@@ -89,10 +99,14 @@ def generate(
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder written by mmscale consolidate.")],
     data: Annotated[list[str], typer.Argument(metavar="DATASET...", help="Dataset folders (with manifest.json).")],
-    out: Annotated[str | None, typer.Option(help="JSON-lines file for question, answer and truth of every row.")] = None,
+    out: Annotated[
+        str | None, typer.Option(help="JSON-lines file for question, answer and truth of every row.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions per batch.")] = 64,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 16,
-    modalities: Annotated[str, typer.Option(help="Ask only rows whose media are all among these: image,audio,video.")] = "image,audio,video",
+    modalities: Annotated[
+        str, typer.Option(help="Ask only rows whose media are all among these: image,audio,video.")
+    ] = "image,audio,video",
     device: Annotated[str, typer.Option(help="torch device.")] = "cpu",
 ) -> None:
     """Ask an exported model the first question of every row and print exact match per task."""
@@ -101,7 +115,9 @@ def evaluate(
 
 @app.command()
 def demo(
-    folder: Annotated[str, typer.Argument(help="Folder for data, run and exports; a finished part is used again.")] = "demo",
+    folder: Annotated[
+        str, typer.Argument(help="Folder for data, run and exports; a finished part is used again.")
+    ] = "demo",
 ) -> None:
     """Do the main job on real data on a CPU: build shards, train, stop and resume, consolidate, ask, report."""
     _run("demo", folder)

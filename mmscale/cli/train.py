@@ -17,6 +17,9 @@ def run(config_path: str, overrides: list[str]) -> None:
     logging.setup(launch.rank)
     config = load_config(config_path, overrides)
     check_config(config, launch.world_size)  # refused before the seconds that torch takes to load
+    from mmscale.streaming.decode.dsp import check_audio_backend
+
+    check_audio_backend()  # before transformers, which a broken torchaudio takes down
     from mmscale.parallel.mesh import init_mesh
     from mmscale.train.loop import train
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from mmscale.config.schema import Config
+from mmscale.config.schema import Config, ParallelConfig
 from mmscale.errors import ConfigError
 from mmscale.types import MediaSpecs
 
 
-def data_parallel_size(config: Config, world_size: int) -> int:
+def data_parallel_size(p: ParallelConfig, world_size: int) -> int:
     """Ranks that see different packs. Raises ConfigError when the degrees do not fit the world size."""
-    p = config.parallel
     model_ranks = p.tensor * p.ulysses * p.ring
     if world_size % model_ranks:
         raise ConfigError(
@@ -21,20 +20,26 @@ def data_parallel_size(config: Config, world_size: int) -> int:
 
 def check_config(config: Config, world_size: int) -> None:
     """Refuses combinations of keys that cannot work on `world_size` processes. Raises ConfigError."""
-    dp_size = data_parallel_size(config, world_size)
-    _check_not_yet(config)
+    dp_size = data_parallel_size(config.parallel, world_size)
+    check_parallel(config.parallel)
     _check_batch(config, dp_size)
     _check_parts(config)
     _check_schedule(config)
 
 
-def _check_not_yet(config: Config) -> None:
+def check_parallel(parallel: ParallelConfig) -> None:
+    """Refuses the degrees and engines that this version does not have. Raises ConfigError."""
     for name in ("tensor", "ulysses", "ring"):
-        degree = getattr(config.parallel, name)
+        degree = getattr(parallel, name)
         if degree > 1:
-            raise ConfigError(f"parallel.{name}={degree}: this version trains data-parallel only; set parallel.{name}=1")
-    if config.parallel.engine == "fsdp":
-        raise ConfigError("parallel.engine=fsdp: this version has the engines auto and deepspeed; set parallel.engine=deepspeed")
+            raise ConfigError(
+                f"parallel.{name}={degree}: this version trains data-parallel only; set parallel.{name}=1"
+            )
+    if parallel.engine == "fsdp":
+        raise ConfigError(
+            "parallel.engine=fsdp: this version has the engines auto and deepspeed; for fully sharded weights set "
+            "parallel.engine=deepspeed and parallel.zero_stage=3"
+        )
 
 
 def _check_batch(config: Config, dp_size: int) -> None:
@@ -58,11 +63,15 @@ def _check_parts(config: Config) -> None:
         for part in (name, f"{name}_connector"):
             present, named = getattr(config.model, name) is not None, getattr(parts, part) is not None
             if present and not named:
-                raise ConfigError(f"train.parts.{part} is missing: say what is trained, {{tune: full}} or {{tune: frozen}}")
+                raise ConfigError(
+                    f"train.parts.{part} is missing: say what is trained, {{tune: full}} or {{tune: frozen}}"
+                )
             if named and not present:
                 raise ConfigError(f"train.parts.{part} is set but the model has no model.{name}; remove it")
     if all(part is None or part.tune == "frozen" for _, part in parts):
-        raise ConfigError("train.parts: every part is frozen, so nothing would be trained; set tune: full on one of them")
+        raise ConfigError(
+            "train.parts: every part is frozen, so nothing would be trained; set tune: full on one of them"
+        )
 
 
 def _check_schedule(config: Config) -> None:
@@ -71,7 +80,9 @@ def _check_schedule(config: Config) -> None:
             f"train.warmup_steps={config.train.warmup_steps} must be below train.steps={config.train.steps}; lower it"
         )
     if config.eval.every and not config.eval.sources:
-        raise ConfigError(f"eval.every={config.eval.every} but eval.sources is empty; name a source or set eval.every=0")
+        raise ConfigError(
+            f"eval.every={config.eval.every} but eval.sources is empty; name a source or set eval.every=0"
+        )
 
 
 def check_lengths(config: Config, specs: MediaSpecs, max_positions: int | None) -> None:

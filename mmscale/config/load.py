@@ -30,7 +30,9 @@ for _tag, _pattern, _first in (
     ("int", r"^[-+]?(?:0|[1-9][0-9_]*)$", "-+0123456789"),
     ("float", r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|\.[0-9]+(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(?:inf|nan))$", "-+0123456789."),
 ):  # fmt: skip
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), [*_first, ""] if _tag == "null" else list(_first))
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), [*_first, ""] if _tag == "null" else list(_first)
+    )
 
 
 @dataclass
@@ -56,7 +58,9 @@ def _merge(into: dict[str, Any], new: Mapping[str, Any]) -> None:
 def _construct(node: yaml.Node, loader: _Loader, path: str, file: str, places: dict[str, str]) -> Any:
     """Python values of a node; refuses duplicate and non-string keys and remembers the line of every key."""
     if node.tag.removeprefix("tag:yaml.org,2002:") not in _TAGS:
-        raise ConfigError(f"{file}:{node.start_mark.line + 1}: this is not plain YAML: tag {node.tag}; write a plain value")
+        raise ConfigError(
+            f"{file}:{node.start_mark.line + 1}: this is not plain YAML: tag {node.tag}; write a plain value"
+        )
     if isinstance(node, yaml.MappingNode):
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
@@ -106,7 +110,9 @@ def _read(path: Path, stack: tuple[Path, ...] = ()) -> _Document:
     except OSError as error:
         raise ConfigError(f"cannot read the config {path}: {error.strerror}; give the path of a YAML file") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: expected UTF-8 text, found byte {error.start} that is not; save it as UTF-8") from error
+        raise ConfigError(
+            f"{path}: expected UTF-8 text, found byte {error.start} that is not; save it as UTF-8"
+        ) from error
     own = _parse(text, str(path))
     includes = own.values.pop("include", [])
     if not isinstance(includes, list) or not all(isinstance(i, str) for i in includes):
@@ -139,7 +145,9 @@ def _known_keys(model: type[BaseModel], location: Sequence[Hashable]) -> list[st
     """The keys that are allowed at a location of the schema."""
     current: Any = model
     for part in location:
-        annotation = current.model_fields[part].annotation if _is_section(current) and part in current.model_fields else None
+        annotation = (
+            current.model_fields[part].annotation if _is_section(current) and part in current.model_fields else None
+        )
         candidates = [annotation, *getattr(annotation, "__args__", ())]
         current = next((c for c in candidates if _is_section(c)), current if annotation is None else None)
     return list(current.model_fields) if _is_section(current) else []
@@ -185,7 +193,9 @@ def _absolute(config: Config) -> Config:
     def part(section: Any) -> Any:
         return section and section.model_copy(update={"path": existing(section.path)})
 
-    model = config.model.model_copy(update={name: part(getattr(config.model, name)) for name in ("llm", "vision", "audio", "tokenizer")})
+    model = config.model.model_copy(
+        update={name: part(getattr(config.model, name)) for name in ("llm", "vision", "audio", "tokenizer")}
+    )
     return config.model_copy(
         update={
             "model": model,

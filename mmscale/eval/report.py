@@ -53,7 +53,8 @@ def draw_report(metrics: Path, answers: Sequence[Mapping[str, Any]], scores: Map
     assert matplotlib is not None, "imported above"
     figure = Figure(figsize=(14, 11), layout="constrained")
     FigureCanvasAgg(figure)
-    top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1.6])
+    halves: Any = figure.subfigures(2, 1, height_ratios=[1, 1.6])
+    top, bottom = halves
     axes = top.subplots(1, 2, width_ratios=[3, 1])
     _draw_curves(axes[0], *read_metrics(metrics))
     _draw_scores(axes[1], scores)
@@ -65,7 +66,9 @@ def draw_report(metrics: Path, answers: Sequence[Mapping[str, Any]], scores: Map
     figure.savefig(out, dpi=90)
 
 
-def _draw_curves(axes: Any, train: Mapping[int, float], validation: Mapping[int, float], resumes: Sequence[int]) -> None:
+def _draw_curves(
+    axes: Any, train: Mapping[int, float], validation: Mapping[int, float], resumes: Sequence[int]
+) -> None:
     axes.plot(list(train), list(train.values()), color="#4c72b0", linewidth=1, label="training")
     if validation:
         axes.plot(list(validation), list(validation.values()), "o-", color="#dd8452", label="validation (held out)")
@@ -91,5 +94,7 @@ def _draw_answer(cell: Any, row: Mapping[str, Any]) -> None:
         cell.imshow(image.convert("RGB"))
     right = row["answer"] == row["truth"]
     cell.set_title(
-        f"{row['question']}\nanswer: {row['answer']}   truth: {row['truth']}", fontsize=8, color="#1a7f37" if right else "#cf222e"
+        f"{row['question']}\nanswer: {row['answer']}   truth: {row['truth']}",
+        fontsize=8,
+        color="#1a7f37" if right else "#cf222e",
     )

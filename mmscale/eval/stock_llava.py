@@ -80,7 +80,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--max-new-tokens", type=int, default=16)
     args = parser.parse_args()
-    model, loading = LlavaForConditionalGeneration.from_pretrained(args.model, output_loading_info=True)
+    loaded: Any = LlavaForConditionalGeneration.from_pretrained(args.model, output_loading_info=True)
+    model, loading = loaded
     bad = {name: keys for name, keys in loading.items() if keys}
     if bad:
         raise SystemExit(f"{args.model}: the weights do not fit the stock class: {bad}")
@@ -91,7 +92,13 @@ def main() -> None:
             batch = asked[start : start + args.batch_size]
             for row, ids in zip(batch, answer(model.eval(), processor, batch, args.max_new_tokens), strict=True):
                 text = processor.tokenizer.decode(ids)
-                line = {"id": row["id"], "question": row["question"], "truth": row["truth"], "answer": text, "answer_ids": ids}
+                line = {
+                    "id": row["id"],
+                    "question": row["question"],
+                    "truth": row["truth"],
+                    "answer": text,
+                    "answer_ids": ids,
+                }
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
             sys.stderr.write(f"\rstock LLaVA: {min(start + args.batch_size, len(asked))}/{len(asked)} questions")
     sys.stderr.write("\n")

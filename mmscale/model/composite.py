@@ -123,7 +123,10 @@ def build_model(config: Config, vocab_size: int, specs: MediaSpecs) -> Multimoda
     description = describe(config.model, vocab_size, specs)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
-        return skeleton(description, config.model).train()
+        model = skeleton(description, config.model).train()
+    if config.train.checkpoint_activations:
+        model.checkpoint_activations()
+    return model
 
 
 def skeleton(description: MmscaleConfig, sources: ModelConfig | None = None) -> MultimodalLM:

@@ -24,8 +24,6 @@ from mmscale.kernels.placement import place_media
 from mmscale.model.description import MmscaleConfig
 from mmscale.model.encoder import MediaEncoder, build_audio, build_vision
 
-_MEDIA = ("pixel_values", "pixel_values_videos", "input_features", "feature_rows")
-
 
 class MmscaleForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """A composite model for generation; `MmscaleConfig` says what it is made of."""
@@ -94,31 +92,6 @@ class MmscaleForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 logits_to_keep=logits_to_keep,
             ),
         )
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.Tensor,
-        next_sequence_length: int | None = None,
-        past_key_values: Any = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        is_first_iteration: bool | None = False,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Hugging Face's inputs of one step; media go in with the prompt only."""
-        step: Any = super().prepare_inputs_for_generation  # type: ignore[misc]
-        inputs = step(
-            input_ids,
-            next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
-        if not is_first_iteration and kwargs.get("use_cache", True):
-            inputs = {k: v for k, v in inputs.items() if k not in _MEDIA}
-        return inputs
 
     def _embed(
         self,

@@ -22,21 +22,29 @@ def save_llava_processor(folder: Path, config: MmscaleConfig, chat_template: str
     """
     spec = config.specs.image
     assert spec is not None, "export_plan refuses a LLaVA export without images"
-    common: dict[str, Any] = {"resample": _BICUBIC, "image_mean": list(config.image_mean), "image_std": list(config.image_std)}
+    common: dict[str, Any] = {
+        "resample": _BICUBIC,
+        "image_mean": list(config.image_mean),
+        "image_std": list(config.image_std),
+    }
     if spec.mode == "resize":
         image = _image_processor("Siglip")(size={"height": spec.size, "width": spec.size}, **common)
     elif spec.mode == "square":
         crop = {"height": spec.size, "width": spec.size}
         image = _image_processor("CLIP")(size={"shortest_edge": spec.size}, crop_size=crop, **common)
     else:
-        raise ConfigError(f"data.image.mode={spec.mode}: expected resize or square for a stock LLaVA export; use --target mmscale")
+        raise ConfigError(
+            f"data.image.mode={spec.mode}: expected resize or square for a stock LLaVA export; use --target mmscale"
+        )
     has_class_token = config.vision_config.model_type == "clip_vision_model"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     LlavaProcessor(
         image_processor=image,
         tokenizer=tokenizer,
         patch_size=int(config.vision_config.patch_size),
-        vision_feature_select_strategy="default" if has_class_token and config.vision_select_feature == "patch" else "full",
+        vision_feature_select_strategy="default"
+        if has_class_token and config.vision_select_feature == "patch"
+        else "full",
         num_additional_image_tokens=int(has_class_token),
         image_token=tokenizer.convert_ids_to_tokens(config.media_token_ids["image"]),
         chat_template=chat_template,

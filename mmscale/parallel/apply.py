@@ -46,9 +46,8 @@ def make_engine(
     Distributed: every rank calls it with the same arguments.
     """
     _freeze_untrained(model, optimizer)
-    for (
-        param
-    ) in model.parameters():  # masters are fp32 whatever the files hold; `.data` keeps the optimizer's references
+    # masters are fp32 whatever the files hold; `.data` keeps the optimizer's references
+    for param in model.parameters():
         param.data = param.data.to(mesh.device, torch.float32)
     model.to(mesh.device)
     spec = EngineSpec(model, optimizer, mesh, train, _stored_names(model, external_parts))

@@ -8,6 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from mmscale.config.checks import check_parallel, data_parallel_size
 from mmscale.config.env import Launch, launch_from_env
 from mmscale.config.schema import ParallelConfig
 from mmscale.errors import ConfigError, ParallelError
@@ -44,37 +45,12 @@ def resolve_engine(parallel: ParallelConfig, world_size: int) -> str:
     """The engine that `parallel.engine` means on `world_size` processes: `single` or `deepspeed`.
 
     Raises:
-        ConfigError: the engine does not exist yet.
+        ConfigError: a degree or an engine that this version does not have.
     """
-    if parallel.engine == "fsdp":
-        raise ConfigError(
-            "expected parallel.engine auto or deepspeed, found fsdp, which this version does not have; "
-            "set parallel.engine=deepspeed and parallel.zero_stage=3 for fully sharded weights"
-        )
+    check_parallel(parallel)
     if parallel.engine == "auto":
         return "deepspeed" if world_size > 1 else "single"
     return parallel.engine
-
-
-def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
-    """Ranks over which the global batch is divided: the world size over tensor x ulysses x ring.
-
-    Raises:
-        ConfigError: a degree that this version does not have, or a world size that the degrees do not divide.
-    """
-    for key in ("tensor", "ulysses", "ring"):
-        if getattr(parallel, key) > 1:
-            raise ConfigError(
-                f"expected parallel.{key}=1, found {getattr(parallel, key)}: this version trains data-parallel only; "
-                f"set parallel.{key}=1 and use parallel.zero_stage for memory"
-            )
-    inner = parallel.tensor * parallel.ulysses * parallel.ring
-    if world_size % inner:
-        raise ConfigError(
-            f"expected a world size divisible by parallel.tensor x ulysses x ring = {inner}, found {world_size} "
-            "processes; change the number of processes or the degrees"
-        )
-    return world_size // inner
 
 
 def init_mesh(parallel: ParallelConfig, device: str = "auto", launch: Launch | None = None) -> Mesh:

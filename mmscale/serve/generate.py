@@ -78,7 +78,9 @@ class OwnPrompts:
                     encode_chat(self._template, self._tokenizer, sample.turns, counts, generation_prompt=True).input_ids
                 )
             except BadSampleError as error:
-                raise DataError(f"{sample.id}: expected a conversation the model can read, found {error}; correct or leave it out") from error
+                raise DataError(
+                    f"{sample.id}: expected a conversation the model can read, found {error}; correct or leave it out"
+                ) from error
         inputs = _pad_left(rows, self._tokenizer.pad_id)
         if images:
             inputs["pixel_values"] = torch.stack(images)
@@ -103,11 +105,15 @@ class ProcessorPrompts:
         for sample in samples:
             other = [item.modality for item in sample.media if item.modality != "image"]
             if other:
-                raise DataError(f"{sample.id}: expected images only, found {other[0]}; a LLaVA export takes no other media")
+                raise DataError(
+                    f"{sample.id}: expected images only, found {other[0]}; a LLaVA export takes no other media"
+                )
             images += [Image.open(io.BytesIO(item.data)).convert("RGB") for item in sample.media]
             messages = [{"role": turn.role, "content": turn.text} for turn in sample.turns]
             texts.append(self._processor.apply_chat_template(messages, add_generation_prompt=True))
-        inputs = self._processor(text=texts, images=images or None, padding=True, padding_side="left", return_tensors="pt")
+        inputs = self._processor(
+            text=texts, images=images or None, padding=True, padding_side="left", return_tensors="pt"
+        )
         return {k: v for k, v in inputs.items() if k != "token_type_ids"}
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -130,9 +136,10 @@ class Generator:
         if dtype not in _DTYPES:
             raise ConfigError(f"dtype: expected fp32, bf16 or None, found {dtype!r}")
         register()
-        model, loading = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             folder, dtype=_DTYPES[dtype], local_files_only=True, output_loading_info=True
         )
+        model, loading = loaded
         bad = {name: sorted(keys)[:3] for name, keys in loading.items() if keys}
         if bad:
             raise ConfigError(f"{folder}: expected weights that fit config.json, found {bad}; export the model again")
@@ -176,7 +183,11 @@ def _model_type(folder: Path) -> str:
         config: Mapping[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind = config.get("model_type")
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder}: expected a folder written by mmscale consolidate, found no readable config.json: {error}") from error
+        raise ConfigError(
+            f"{folder}: expected a folder written by mmscale consolidate, found no readable config.json: {error}"
+        ) from error
     if kind not in ("mmscale", "llava"):
-        raise ConfigError(f"{folder}: expected a model of type mmscale or llava, found {kind!r}; export it with mmscale consolidate")
+        raise ConfigError(
+            f"{folder}: expected a model of type mmscale or llava, found {kind!r}; export it with mmscale consolidate"
+        )
     return str(kind)

@@ -11,6 +11,7 @@ import io
 import os
 import uuid
 import zipfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from mmscale.types import Modality, Sample
 log = get_logger(__name__)
 
 _BATCH_ROWS = 1024
+_NAMED_FAULTS = 5
 
 
 @dataclass(frozen=True)
@@ -90,36 +92,44 @@ def _shard_lengths(shard: Shard, name: str, encoder: Encoder) -> SampleLengths:
 def _compute(shard: Shard, name: str, encoder: Encoder) -> SampleLengths:
     log.info("counting the tokens of %d samples in %s", len(shard), shard.path)
     tokens, media_rows = np.zeros(len(shard), np.uint32), np.zeros(len(shard), np.uint32)
-    reasons: dict[int, str] = {}
+    faults: dict[int, BadSampleError] = {}
     for lo in range(0, len(shard), _BATCH_ROWS):
-        rows = range(lo, min(lo + _BATCH_ROWS, len(shard)))
         usable: dict[int, tuple[Sample, int]] = {}
-        for i in rows:
+        for i in range(lo, min(lo + _BATCH_ROWS, len(shard))):
             try:
                 sample = _text_of(shard, i, f"{name}/{shard.path.name}:{shard.key(i)}")
                 counts = _media_tokens(sample, shard.index, i, encoder)
                 usable[i] = sample, sum(map(sum, counts.values()))
             except BadSampleError as error:
-                reasons[i] = error.reason
-                log.warning("%s/%s:%s cannot be used: %s", name, shard.path.name, shard.key(i), error, all_ranks=True)
-        kept = _count_text([sample for sample, _ in usable.values()], encoder)
-        for (i, (_, media)), text in zip(usable.items(), kept, strict=True):
-            if isinstance(text, str):
-                reasons[i] = text
+                faults[i] = error
+        text = _count_text([sample for sample, _ in usable.values()], encoder)
+        for (i, (_, media)), found in zip(usable.items(), text, strict=True):
+            if isinstance(found, BadSampleError):
+                faults[i] = found
             else:
-                tokens[i], media_rows[i] = text + media, media
-    return SampleLengths(tokens, media_rows, reasons)
+                tokens[i], media_rows[i] = found + media, media
+    _report(shard, faults)
+    return SampleLengths(tokens, media_rows, {i: error.reason for i, error in sorted(faults.items())})
 
 
-def _count_text(samples: Sequence[Sample], encoder: Encoder) -> list[int | str]:
-    """Text tokens of each sample, or the reason why it has none; one call of the tokenizer unless a sample is at fault."""
+def _report(shard: Shard, faults: dict[int, BadSampleError]) -> None:
+    if not faults:
+        return
+    counts = Counter(error.reason for error in faults.values())
+    text = ", ".join(f"{reason} {n}" for reason, n in counts.most_common())
+    log.warning("%s: %d of %d samples cannot be used (%s), such as", shard.path, len(faults), len(shard), text)
+    for i in sorted(faults)[:_NAMED_FAULTS]:
+        log.warning("  %s at offset %d: %s", shard.key(i), shard.offset(i), faults[i])
+
+
+def _count_text(samples: Sequence[Sample], encoder: Encoder) -> list[int | BadSampleError]:
+    """Text tokens of each sample, or why it has none; one call of the tokenizer unless a sample is at fault."""
     rows = [(s.turns, {m.modality for m in s.media}) for s in samples]
     try:
         return [int(n) for n in count_text_tokens(encoder.template, encoder.tokenizer, rows)]
     except BadSampleError as error:
         if len(samples) == 1:
-            log.warning("%s cannot be used: %s", samples[0].id, error, all_ranks=True)
-            return [error.reason]
+            return [error]
         return [n for sample in samples for n in _count_text([sample], encoder)]
 
 

@@ -166,10 +166,13 @@ class Plan:
         self.sources = tuple(sources)
         self.seq_len, self.plan_group, self.seed = seq_len, plan_group, seed
         self.shares = mixture_shares(sources)
-        self.window = min(window, self._enough_for_a_group())
+        self.window = min(window, self._useful_window())
 
-    def _enough_for_a_group(self) -> int:
-        """Draws that fill `plan_group` packs, or all rows when these are more: a larger window would only delay a start."""
+    def _useful_window(self) -> int:
+        """Draws beyond which a larger window gains nothing: an eighth of an epoch, but enough for two groups of packs.
+
+        A document may be carried over `MAX_AGE` windows; so in a small set it still comes within about its epoch.
+        """
         mean_tokens = Fraction(0)  # exact, so that every machine finds the same window
         for source, share in zip(self.sources, self.shares, strict=True):
             if not source.tokens.any():
@@ -177,7 +180,7 @@ class Plan:
             assert source.tokens.max() <= self.seq_len, "the lengths already follow data.on_long"
             mean_tokens += share * int(source.tokens.sum(dtype=np.uint64)) / source.num_rows
         num_rows = sum(source.num_rows for source in self.sources)
-        return max(num_rows, ceil(Fraction(11, 10) * self.plan_group * self.seq_len / mean_tokens))
+        return max(ceil(num_rows / 8), ceil(2 * self.plan_group * self.seq_len / mean_tokens))
 
     def steps(self, state: PlanState, global_batch: int) -> Iterator[PlannedStep]:
         """Endless steps of `global_batch` packs, beginning at `state`."""

@@ -41,7 +41,7 @@ from mmscale.train import export_proof
 from mmscale.train.checkpoint import CheckpointReader, newest_checkpoint, open_checkpoint
 from mmscale.train.safetensors_writer import SafetensorsWriter
 from mmscale.train.setup import load_tokenizer
-from mmscale.types import MODALITIES, EncodedMedia, EncodedSample, MediaSpecs, Turn
+from mmscale.types import MODALITIES, EncodedMedia, EncodedSample, MediaSpecs, Modality, Turn
 
 log = get_logger(__name__)
 
@@ -77,7 +77,12 @@ class _Source:
 
 
 def consolidate(
-    source: Path, out: Path, target: Target = "auto", drop: Sequence[str] = (), dtype: str = "fp32", max_shard_bytes: int = 4 * 10**9
+    source: Path,
+    out: Path,
+    target: Target = "auto",
+    drop: Sequence[str] = (),
+    dtype: str = "fp32",
+    max_shard_bytes: int = 4 * 10**9,
 ) -> Export:
     """The export of a run's newest verified checkpoint, or of one checkpoint, in the new folder `out`.
 
@@ -122,7 +127,7 @@ def _open(source: Path) -> _Source:
     tokenizer = load_tokenizer(config)
     template = load_template(config.data.template)
     specs = media_specs(config.model, config.data.image)
-    media_ids = {modality: tokenizer.media_id(modality) for modality in MODALITIES}
+    media_ids: dict[str, int] = {modality: tokenizer.media_id(modality) for modality in MODALITIES}
     description = describe(config.model, tokenizer.vocab_size, specs, media_ids, template.name)
     return _Source(reader, config, tokenizer, template, specs, description)
 
@@ -148,7 +153,9 @@ def _write_tensors(trained: _Source, plan: ExportPlan, dtype: torch.dtype, write
     parameters = dict(model.named_parameters())
     extra = sorted(set(model.state_dict(keep_vars=True)) - set(dict(model.named_parameters(remove_duplicate=False))))
     if extra:
-        raise CheckpointError(f"expected a model whose state is its parameters, found the stored buffers {extra[:3]}; export is not possible")
+        raise CheckpointError(
+            f"expected a model whose state is its parameters, found the stored buffers {extra[:3]}; export is not possible"
+        )
     read = _tensor_reader(trained)
     for name, expected in parameters.items():
         final = plan.rename(name)
@@ -156,7 +163,9 @@ def _write_tensors(trained: _Source, plan: ExportPlan, dtype: torch.dtype, write
             continue
         tensor = read(name)
         if tensor.shape != expected.shape:
-            raise CheckpointError(f"{name}: expected shape {list(expected.shape)} from the config, found {list(tensor.shape)} in the checkpoint")
+            raise CheckpointError(
+                f"{name}: expected shape {list(expected.shape)} from the config, found {list(tensor.shape)} in the checkpoint"
+            )
         writer.add(final, tensor.to(dtype))
     for final, (shape, value) in plan.constants.items():
         writer.add(final, torch.full(shape, value, dtype=dtype))
@@ -194,7 +203,8 @@ def _probe(trained: _Source, plan: ExportPlan) -> _Probe:
     buffer = io.BytesIO()
     pixels = torch.randint(0, 256, (37, 53, 3), dtype=torch.uint8, generator=generator)
     Image.fromarray(pixels.numpy()).save(buffer, "PNG")
-    specs, counts, data = trained.specs, {}, {}
+    specs, data = trained.specs, {}
+    counts: dict[Modality, list[int]] = {}
     if specs.image is not None and "vision" not in plan.left_out:
         data["image"] = decode_image(buffer.getvalue(), specs.image, pixels.numel())[None]
         counts["image"] = [specs.image.tokens]
@@ -222,7 +232,9 @@ def _prove(trained: _Source, plan: ExportPlan, folder: Path, dtype: torch.dtype)
         command = [sys.executable, "-P", export_proof.__file__, str(folder), str(probe_path), str(result_path)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise CheckpointError(f"expected a fresh process to open the export, found:\n{done.stderr[-2000:]}\nnothing was kept")
+            raise CheckpointError(
+                f"expected a fresh process to open the export, found:\n{done.stderr[-2000:]}\nnothing was kept"
+            )
         result = load_file(result_path)
     wanted_ids, found_ids = (
         _collapsed(ids.tolist(), trained.tokenizer) for ids in (probe.document.input_ids, result["input_ids"])
@@ -234,7 +246,9 @@ def _prove(trained: _Source, plan: ExportPlan, folder: Path, dtype: torch.dtype)
         )
     error = ((result["logits"] - expected).abs().max() / expected.abs().max()).item()
     if not error <= TOLERANCE:
-        raise CheckpointError(f"expected the training model's logits from the export, found a relative difference of {error:.1e}; nothing was kept")
+        raise CheckpointError(
+            f"expected the training model's logits from the export, found a relative difference of {error:.1e}; nothing was kept"
+        )
     return error
 
 

@@ -12,6 +12,7 @@ import io
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -28,7 +29,8 @@ def main(folder: str, probe_path: str, result_path: str) -> None:
         from mmscale.model.hub import register
 
         register()
-    model, loading = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, loading = loaded
     bad = {name: sorted(keys)[:3] for name, keys in loading.items() if keys}
     if bad:
         raise SystemExit(f"the weights do not fit the class {type(model).__name__}: {bad}")

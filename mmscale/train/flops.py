@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from mmscale.types import PackedBatch
 
@@ -38,8 +40,9 @@ def _matrix_weights(module: nn.Module) -> int:
 def flop_model(parts: Mapping[str, nn.Module], trainable: Sequence[str]) -> FlopModel:
     """The estimate for a model made of named parts (`llm`, `vision`, `vision_connector`, ...)."""
     llm = parts["llm"]
-    config = llm.config
-    width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    config = cast(PreTrainedModel, llm).config
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width, layers = int(config.num_attention_heads) * int(head_size), int(config.num_hidden_layers)
 
     def per_row(name: str) -> float:
         return (6 if name in trainable else 2) * _matrix_weights(parts[name])
@@ -49,4 +52,4 @@ def flop_model(parts: Mapping[str, nn.Module], trainable: Sequence[str]) -> Flop
         for modality, tower in (("image", "vision"), ("video", "vision"), ("audio", "audio"))
         if tower in parts
     }
-    return FlopModel(6.0 * _matrix_weights(llm), 6.0 * width * config.num_hidden_layers, per_row_of)
+    return FlopModel(6.0 * _matrix_weights(llm), 6.0 * width * layers, per_row_of)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,7 +114,9 @@ def agree(mesh: Mesh, batch: StepBatch, stop: StopFlag) -> StepTotals:
     total = sum_ints(mesh, own)
     n = len(KINDS)
     tokens, targets = total[3 : 3 + n], total[3 + n :]
-    return StepTotals(total[0], total[1], total[2], dict(zip(KINDS, tokens, strict=True)), dict(zip(KINDS, targets, strict=True)))
+    return StepTotals(
+        total[0], total[1], total[2], dict(zip(KINDS, tokens, strict=True)), dict(zip(KINDS, targets, strict=True))
+    )
 
 
 def target_kinds(pack: PackedBatch) -> dict[str, int]:
@@ -156,7 +157,7 @@ def _metrics(
         mfu=None if peak is None else flops / took / (run.mesh.world_size * peak * 1e12),
         data_wait_frac=waited / took,
         fill=tokens / (run.config.train.global_batch * run.config.data.seq_len),
-        skipped=state.num_bad,
+        skipped=state.num_skipped,
         step_time_s=took,
         epoch=batch.num_epochs,
         memory_gb=resident_gb(),
@@ -169,9 +170,8 @@ def validate(run: Run, reporter: Reporter, step: int) -> None:
     assert run.eval_stream is not None, "check_config refuses eval.every without eval.sources"
     loss, targets = 0.0, 0
     for pack in run.eval_stream.passes(run.config.eval.max_packs):
-        if pack is not None:
-            loss += run.engine.evaluate(pack)
-            targets += pack.num_targets
+        loss += run.engine.evaluate(pack)
+        targets += pack.num_targets
     all_targets = sum_ints(run.mesh, [targets])[0]
     reporter.validation(step, sum_floats(run.mesh, [loss])[0] / max(1, all_targets), all_targets)
 

@@ -36,7 +36,7 @@ class SafetensorsWriter:
         """
         self._flush()
         count = len(self._parts)
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for i, (path, names) in enumerate(self._parts, start=1):
             final = "model.safetensors" if count == 1 else f"model-{i:05d}-of-{count:05d}.safetensors"
             path.rename(self._folder / final)

@@ -103,7 +103,9 @@ def _is_done(config: Config) -> bool:
     if step < config.train.steps:
         log.info("%s says %d steps; train.steps=%d, so the run goes on", marker, step, config.train.steps)
         return False
-    log.info("%s: all %d steps are done; to train on, raise train.steps; to start anew, choose another run.dir", marker, step)
+    log.info(
+        "%s: all %d steps are done; to train on, raise train.steps; to start anew, choose another run.dir", marker, step
+    )
     return True
 
 
@@ -126,7 +128,9 @@ def _prepare_folder(config: Config) -> None:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, saved)
     except OSError as error:
-        raise RefusedInputError(f"cannot write the run directory {folder}: {error.strerror}; set run.dir to a folder you may write") from error
+        raise RefusedInputError(
+            f"cannot write the run directory {folder}: {error.strerror}; set run.dir to a folder you may write"
+        ) from error
 
 
 def _assemble(config: Config, mesh: Mesh) -> Run:
@@ -143,7 +147,9 @@ def _assemble(config: Config, mesh: Mesh) -> Run:
     state = StreamState(stream.facts) if reader is None else stream.restore(reader.trainer["data"])
     engine = make_engine(model, optimizer, config.parallel, config.train, mesh, external, reader)
     flops = flop_model(model.parts(), sorted({group.part for group in groups}))
-    return Run(config, mesh, stream, eval_stream, engine, groups, flops, 1 if reader is None else reader.step + 1, state)
+    return Run(
+        config, mesh, stream, eval_stream, engine, groups, flops, 1 if reader is None else reader.step + 1, state
+    )
 
 
 def load_tokenizer(config: Config) -> TextTokenizer:
@@ -177,7 +183,11 @@ def _commit() -> str:
     """The commit of the source tree that runs, or nothing for an installed package."""
     try:
         done = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=Path(mmscale.__file__).parent, capture_output=True, text=True, check=False
+            ["git", "rev-parse", "--short", "HEAD"],
+            cwd=Path(mmscale.__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
         )
     except OSError:  # no git on this machine
         return ""
@@ -196,6 +206,12 @@ def _print_header(run: Run) -> None:
     )  # fmt: skip
     for group in run.groups:
         size = sum(p.numel() if p.numel() else getattr(p, "ds_numel", 0) for p in group.params)
-        log.info("train %-17s %12s parameters, peak lr %.1e, weight decay %g", group.part, f"{size:,}", group.lr, group.weight_decay)
+        log.info(
+            "train %-17s %12s parameters, peak lr %.1e, weight decay %g",
+            group.part,
+            f"{size:,}",
+            group.lr,
+            group.weight_decay,
+        )
     if run.first_step > 1:
         log.info("resumed after step %d of %d", run.first_step - 1, train.steps)

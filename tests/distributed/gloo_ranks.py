@@ -5,6 +5,7 @@ The processes are forked from a server that has imported torch and deepspeed onc
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import multiprocessing
 import os
@@ -17,6 +18,12 @@ from types import ModuleType
 from typing import Any
 
 TIMEOUT_S = 60
+PRELOAD = [
+    "mmscale.train.loop",
+    # what deepspeed imports only when it builds an engine
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+]
 _modules: dict[str, ModuleType] = {}
 
 
@@ -27,7 +34,7 @@ class Ranks:
         os.environ["DS_ACCELERATOR"] = "cpu"
         os.environ["OMP_NUM_THREADS"] = "1"
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "deepspeed", "mmscale.parallel.apply", "mmscale.train.checkpoint"])
+        context.set_forkserver_preload(PRELOAD)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -73,6 +80,7 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
     from mmscale.parallel.mesh import init_mesh
 
     torch.set_num_threads(1)
+    gc.freeze()  # deepspeed collects garbage many times per engine; what was preloaded need not be walked
     launch = Launch(rank, rank, world_size, "127.0.0.1", port)
     mesh = init_mesh(ParallelConfig(engine="deepspeed", timeout_s=TIMEOUT_S), "cpu", launch)
     while True:

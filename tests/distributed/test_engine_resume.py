@@ -5,7 +5,11 @@ The loss of the first step after the resume is the test: it shows live weights t
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,8 @@ import pytest
 import torch
 from tiny_run import build, documents, micro_batches, train_config, train_steps, whole_state
 
-from mmscale.errors import CheckpointError
+from mmscale.errors import CheckpointError, MissingExtraError
+from mmscale.parallel.engines.deepspeed import _import_deepspeed
 from mmscale.parallel.mesh import Mesh
 from mmscale.train.checkpoint import find_checkpoint, open_checkpoint, save_checkpoint, verify_checkpoint
 
@@ -189,3 +194,32 @@ def test_bf16_stays_close_to_fp32_and_keeps_fp32_buffers_and_masters(ranks, seed
         assert {zero_names[name] for name in zero_names if name.startswith("model.")} == {torch.float32}
         assert torch.equal(zero_frequencies, frequencies) and zero_frequencies.dtype == torch.float32
     assert names["model.connector.weight"] == torch.float32
+
+
+def build_and_listen(mesh: Mesh, stage: int, seed: int) -> Any:
+    said = io.StringIO()
+    with (
+        contextlib.redirect_stdout(said),
+        contextlib.redirect_stderr(said),
+        warnings.catch_warnings(record=True) as warned,
+    ):
+        engine = build(mesh, stage, train_config(dtype="bf16"), seed)
+        train_steps(engine, mesh, train_config(dtype="bf16"), range(1), 2, seed)
+        engine.close()
+    from deepspeed.comm import comm
+
+    return said.getvalue(), [str(w.message) for w in warned], comm.cdb.shm_comm_op is None
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_deepspeed_is_quiet_and_compiles_nothing(ranks, seed, stage) -> None:
+    for said, warned, no_shm_op in ranks(2).run(build_and_listen, stage, seed % 1000):
+        assert said == "" and no_shm_op and not [text for text in warned if "deprecated" in text]
+
+
+def test_a_missing_deepspeed_names_the_extra(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(MissingExtraError, match=r"pip install 'mmscale\[deepspeed\]'"):
+        _import_deepspeed(torch.device("cpu"))

@@ -10,7 +10,7 @@ RECIPE = Path(__file__).parents[2] / "configs/recipes/digits.yaml"
 STEPS = 20
 SMALL = [
     f"train.steps={STEPS}", "train.save_every=1000", "train.warmup_steps=3", "train.global_batch=4", "data.plan_group=4", "data.seq_len=256",
-    "data.window=64", "data.workers=0", "eval.every=0", "run.tensorboard=false", "run.threads=1", "run.device=cpu",
+    "data.window=64", "data.workers=0", "eval.every=7", "eval.max_packs=3", "parallel.zero_keep_whole=0", "run.tensorboard=false", "run.threads=1", "run.device=cpu",
     "model.llm.config.num_hidden_layers=2", "model.llm.config.hidden_size=32", "model.llm.config.intermediate_size=64",
     "model.vision.config.num_hidden_layers=1", "model.vision.config.hidden_size=32", "model.vision.config.intermediate_size=64",
     "model.audio.config.encoder_layers=1", "model.audio.config.d_model=32", "model.audio.config.encoder_ffn_dim=64",
@@ -104,7 +104,7 @@ def test_two_ranks_to_one_and_back(ranks, demo_data, reference, tmp_path):
     settings = [*OPTIMIZERS["adamw"], "train.clip=0.5", "parallel.zero_stage=3"]
 
     def stop_at(step):
-        return [*settings, f"train.steps={step}", f"train.schedule=constant"]
+        return [*settings, f"train.steps={step}", "train.schedule=constant"]
 
     ranks(2).run(train_recipe, str(demo_data), str(run), stop_at(7))
     train_alone(demo_data, run, stop_at(13))

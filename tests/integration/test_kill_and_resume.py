@@ -183,7 +183,11 @@ def test_no_whole_checkpoint_left_is_refused(demo_data, tmp_path):
 def test_another_mixture_is_refused_at_resume(demo_data, tmp_path):
     run = tmp_path / "run"
     finish(start(words(demo_data, run, "data.workers=0", "train.steps=3")))
-    command = [str(MMSCALE), "train", *words(demo_data, run, "data.workers=0", "train.steps=5", "data.sources.text.weight=3")]
+    command = [
+        str(MMSCALE),
+        "train",
+        *words(demo_data, run, "data.workers=0", "train.steps=5", "data.sources.text.weight=3"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2, done.stderr
     assert "weight" in done.stderr or "mixture" in done.stderr

@@ -28,7 +28,19 @@ NEVER = {
     "model": {"streaming"},
     "data_tools": {"kernels", "model", "parallel", "train", "eval", "serve", "cli"},
 }
-OPTIONAL = ("deepspeed", "megatron", "flash_attn", "triton", "torchaudio", "peft", "bitsandbytes", "sklearn", "matplotlib", "simplejpeg", "liger_kernel")
+OPTIONAL = (
+    "deepspeed",
+    "megatron",
+    "flash_attn",
+    "triton",
+    "torchaudio",
+    "peft",
+    "bitsandbytes",
+    "sklearn",
+    "matplotlib",
+    "simplejpeg",
+    "liger_kernel",
+)
 
 
 def modules():
@@ -144,12 +156,21 @@ def test_no_star_imports(name):
 @pytest.mark.parametrize("package", OPTIONAL)
 def test_optional_packages_have_one_door(package):
     users = [name for name, path in MODULES.items() if any(m.split(".")[0] == package for m, _ in imports(path))]
-    at_top = [name for name in users if any(m.split(".")[0] == package for m, _ in imports(MODULES[name], top_only=True))]
+    at_top = [
+        name for name in users if any(m.split(".")[0] == package for m, _ in imports(MODULES[name], top_only=True))
+    ]
     assert len(users) <= 1, f"{package} is imported in {users}"
     assert not at_top, f"{package} must be imported inside a function: {at_top}"
 
 
-@pytest.mark.parametrize(("link", "target"), [("kernels", "../kernels/mmscale_kernels"), ("data_tools", "../data_tools/mmscale_data_tools"), ("configs", "../configs")])
+@pytest.mark.parametrize(
+    ("link", "target"),
+    [
+        ("kernels", "../kernels/mmscale_kernels"),
+        ("data_tools", "../data_tools/mmscale_data_tools"),
+        ("configs", "../configs"),
+    ],
+)
 def test_symlinks_are_relative_and_resolve(link, target):
     path = PACKAGE / link
     assert path.is_symlink()
@@ -180,7 +201,18 @@ assert spec is not None and spec.origin is not None or not is_kernels_available(
 
 
 def test_import_is_light():
-    heavy = ("torch", "transformers", "numpy", "deepspeed", "megatron", "triton", "flash_attn", "torchaudio", "av", "pydantic")
+    heavy = (
+        "torch",
+        "transformers",
+        "numpy",
+        "deepspeed",
+        "megatron",
+        "triton",
+        "flash_attn",
+        "torchaudio",
+        "av",
+        "pydantic",
+    )
     code = f"import sys, mmscale, mmscale.cli.main, mmscale.train.signals\nprint([m for m in {heavy!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -190,7 +222,10 @@ def test_environment_is_read_in_one_module():
     readers = [
         name
         for name, path in MODULES.items()
-        if any(isinstance(n, ast.Attribute) and n.attr in ("environ", "getenv") for n in ast.walk(ast.parse(path.read_text())))
+        if any(
+            isinstance(n, ast.Attribute) and n.attr in ("environ", "getenv")
+            for n in ast.walk(ast.parse(path.read_text()))
+        )
     ]
     assert readers == ["mmscale.config.env"], readers
 
@@ -201,9 +236,13 @@ def test_no_unsafe_calls(name):
     for node in ast.walk(ast.parse(MODULES[name].read_text())):
         if isinstance(node, ast.Call):
             call = ast.unparse(node.func)
-            assert call not in ("eval", "exec", "pickle.load", "pickle.loads", "os.system"), f"{name}:{node.lineno}: {call}"
+            assert call not in ("eval", "exec", "pickle.load", "pickle.loads", "os.system"), (
+                f"{name}:{node.lineno}: {call}"
+            )
             if call == "torch.load":
-                assert "weights_only=True" in ast.unparse(node), f"{name}:{node.lineno}: torch.load without weights_only=True"
+                assert "weights_only=True" in ast.unparse(node), (
+                    f"{name}:{node.lineno}: torch.load without weights_only=True"
+                )
             assert "shell=True" not in ast.unparse(node), f"{name}:{node.lineno}: a shell is started"
 
 

@@ -52,7 +52,10 @@ def test_scientific_notation_is_a_float_and_yaml_1_1_words_stay_text(write):
     ("text", "expected"),
     [
         (BASE.replace("lr: 1e-4", "lern: 1e-4"), r"c\.yaml:11: unknown key 'train\.lern'; did you mean 'lr'\?"),
-        (BASE.replace("a: {path: a}", "a: {path: a, wieght: 2}"), r"c\.yaml:6: unknown key 'data\.sources\.a\.wieght'; did you mean 'weight'"),
+        (
+            BASE.replace("a: {path: a}", "a: {path: a, wieght: 2}"),
+            r"c\.yaml:6: unknown key 'data\.sources\.a\.wieght'; did you mean 'weight'",
+        ),
         (BASE + "run: {dir: twice}\n", r"c\.yaml:14: the key 'run' is written twice"),
         (BASE.replace("steps: 10", "steps: ten"), r"c\.yaml:9: train\.steps: .*integer.*'ten'"),
         (BASE.replace("steps: 10", ""), r"'train\.steps' is required"),
@@ -130,7 +133,7 @@ def test_good_layouts_pass(write):
     config = load_config(write(BASE))
     for world in (1, 2, 4, 8):
         check_config(config, world)
-        assert data_parallel_size(config, world) == world
+        assert data_parallel_size(config.parallel, world) == world
 
 
 def test_the_printed_reference_is_current():

@@ -1,5 +1,6 @@
 """Pixels equal to the Hugging Face processors', every kind of picture becomes upright RGB, damaged ones are refused."""
 
+import contextlib
 import resource
 import struct
 import zlib
@@ -167,7 +168,5 @@ def test_damaged_bytes_never_give_another_error(seed):
             data = bytearray(whole)
             for at in rng.integers(0, len(data), 4):
                 data[at] = rng.integers(256)
-            try:
+            with contextlib.suppress(BadSampleError):
                 assert pixels(bytes(data)).shape == (2, 2, 3)
-            except BadSampleError:
-                pass

@@ -166,6 +166,7 @@ def test_fill_and_cost_balance_on_invented_mixes(kind, least):
     started = time.process_time()
     packs, drawn = [], 0
     for pack, _, after in plan.packs(PlanState()):
+        state = after
         packs.append(pack)
         drawn += len(pack)
         if drawn > len(tokens):
@@ -177,7 +178,7 @@ def test_fill_and_cost_balance_on_invented_mixes(kind, least):
     balance = by_step.max(1).sum() / by_step.mean(1).sum()
     shuffled = np.random.default_rng(1).permutation(by_step.ravel()).reshape(-1, 64)
     random_balance = shuffled.max(1).sum() / shuffled.mean(1).sum()
-    state_bytes = len(json.dumps(after.to_dict()))
+    state_bytes = len(json.dumps(state.to_dict()))
     print(
         f"{kind}: fill {fill:.4f}, max/mean {balance:.4f} (random {random_balance:.4f}), {cpu_us:.1f} us, {state_bytes} B"
     )

@@ -10,11 +10,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 
 from mmscale.errors import ConfigError
@@ -99,21 +100,23 @@ def check_llm(config: PretrainedConfig) -> None:
 def carry_pack(model: PreTrainedModel) -> None:
     """Brings `pack=` to the attention of families whose layers do not hand keywords on (stablelm); others are left alone.
 
-    Two forward hooks per layer: the value is set anew in every call, recomputation in the backward pass included.
+    Forward hooks find the pack by the identity of `position_ids`, the tensor that all layers do get, so that a later
+    recomputation in the backward pass finds its own pack and not the newest one.
     """
     if model.config.model_type not in _LAYERS_DROP_KEYWORDS:
         return
-    for layer in cast(nn.ModuleList, model.base_model.layers):
-        held: dict[str, PackInfo | None] = {}
+    packs = WeakTensorKeyDictionary()
 
-        def take(_: nn.Module, args: Any, kwargs: dict[str, Any], held: dict[str, PackInfo | None] = held) -> None:
-            held["pack"] = kwargs.get("pack")
+    def take(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        packs[kwargs["position_ids"]] = kwargs.get("pack")
 
-        def give(_: nn.Module, args: Any, kwargs: dict[str, Any], held: dict[str, PackInfo | None] = held) -> Any:
-            return args, {**kwargs, "pack": held.pop("pack", None)}
+    def give(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "pack": packs[kwargs["position_ids"]]}
 
-        layer.register_forward_pre_hook(take, with_kwargs=True)
-        layer.self_attn.register_forward_pre_hook(give, with_kwargs=True)
+    model.base_model.register_forward_pre_hook(take, with_kwargs=True)
+    for name, module in model.named_modules():
+        if name.endswith(".self_attn"):
+            module.register_forward_pre_hook(give, with_kwargs=True)
 
 
 def mask_parts(function: Callable[..., Any]) -> Iterator[str]:

@@ -7,6 +7,8 @@ frequencies alone; a test holds it to that.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import math
 import warnings
@@ -55,13 +57,14 @@ class DeepSpeedEngine:
         self._params = list(spec.model.named_parameters())
         self._shapes = {n: p.shape for n, p in self._params}  # ZeRO-3 empties the parameters themselves
         self._deepspeed = _import_deepspeed(spec.mesh.device)
-        self._engine, *_ = self._deepspeed.initialize(
-            model=spec.model,
-            optimizer=spec.optimizer,
-            model_parameters=[p for _, p in self._params if p.requires_grad],
-            config=_resolved_config(spec, stage, keep_whole),
-            dist_init_required=False,
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory figures per group
+            self._engine, *_ = self._deepspeed.initialize(
+                model=spec.model,
+                optimizer=spec.optimizer,
+                model_parameters=[p for _, p in self._params if p.requires_grad],
+                config=_resolved_config(spec, stage, keep_whole),
+                dist_init_required=False,
+            )
         self._num_updates = 0
         self._fill_moments(0)
         self._engine.train()
@@ -177,6 +180,8 @@ def _import_deepspeed(device: torch.device) -> ModuleType:
     except ImportError as error:
         raise MissingExtraError("deepspeed", "deepspeed", "training on several processes", error) from error
     logger.setLevel(logging.ERROR)
+    # once per collective and rank: torch has renamed what deepspeed calls
+    warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
     # torch 2.13 renamed two collectives that deepspeed calls in every step.
     warnings.filterwarnings("ignore", r".*(all_gather_into_tensor|reduce_scatter_tensor).*deprecated", FutureWarning)
     # On the CPU this op would be compiled at first use, for minutes; gloo does without. A private switch, kept by a test.

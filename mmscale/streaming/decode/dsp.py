@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 from functools import lru_cache
 from types import ModuleType
 
 import torch
 from torch.nn import functional as F
 
-from mmscale.errors import MissingExtraError
+from mmscale.errors import ConfigError, MissingExtraError
 from mmscale.types import AudioSpec
 
 # N samples, M mel bins, K frames of the spectrogram
@@ -58,6 +59,11 @@ def _mel_filters(num_freqs: int, mel_bins: int, rate_hz: int) -> torch.Tensor:
     return bank.float()
 
 
+def require_audio() -> None:
+    """Raises MissingExtraError when audio cannot be prepared here, so that a run says so before it starts."""
+    _torchaudio()
+
+
 def _torchaudio() -> ModuleType:
     try:
         # Only the pure-Python part. A wheel for another torch fails at import with OSError or RuntimeError.
@@ -65,3 +71,19 @@ def _torchaudio() -> ModuleType:
     except (ImportError, OSError, RuntimeError) as error:
         raise MissingExtraError("torchaudio", "audio", "audio input", error) from error
     return torchaudio
+
+
+def check_audio_backend() -> None:
+    """Returns when torchaudio is usable or absent. Raises ConfigError when it is installed but cannot be loaded.
+
+    transformers imports torchaudio wherever it finds it, so a broken one shows up as an error of some language model's class.
+    """
+    if importlib.util.find_spec("torchaudio") is None:
+        return
+    try:
+        _torchaudio()
+    except MissingExtraError as error:
+        raise ConfigError(
+            f"torchaudio is installed and cannot be loaded, which breaks transformers too: {error.__cause__}; install the build "
+            f"that matches torch, or delete torchaudio/lib/*.so (its Python parts suffice), or uninstall it"
+        ) from error

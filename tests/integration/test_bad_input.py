@@ -1,0 +1,236 @@
+"""Bad data and bad configs through the real training loop and the real command."""
+
+import io
+import json
+import logging
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+RECIPE = Path(__file__).parents[2] / "configs/recipes/digits.yaml"
+MMSCALE = Path(sys.executable).parent / "mmscale"
+ROWS = 40
+
+
+def png(size=8):
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (size, size), (200, 30, 30)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def jpeg_cut_in_half():
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.effect_noise((64, 64), 80).convert("RGB").save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()[: len(buffer.getvalue()) // 2]
+
+
+def row(question="<image>\nWhat?", answer="red"):
+    return json.dumps(
+        {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+    ).encode()
+
+
+BAD = {
+    "half_jpeg": {"json": row(), "jpg": jpeg_cut_in_half()},
+    "more_tags": {"json": row("<image><image>\nWhat?"), "png": png()},
+    "wrong_type": {"json": b'{"conversations": "a string"}', "png": png()},
+    "not_utf8": {"json": b'{"conversations": [{"from": "human", "value": "\xff\xfe"}]}', "png": png()},
+    "nan": {"json": row().replace(b'"red"', b"NaN"), "png": png()},
+    "no_json": {"png": png()},
+}
+
+
+def write_tar(path, samples):
+    with tarfile.open(path, "w") as tar:
+        for key, members in samples.items():
+            for ext, data in members.items():
+                info = tarfile.TarInfo(f"{key}.{ext}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
+@pytest.fixture
+def mixed(tmp_path, demo_data):
+    """A data set indexed from foreign tars: bad rows between good ones, and beside them an empty and a cut tar."""
+    from mmscale.data_tools.indexing import index_folder
+
+    root = tmp_path / "data"
+    folder = root / "train"
+    folder.mkdir(parents=True)
+    shutil.copytree(demo_data / "tokenizer", root / "tokenizer")
+    good = {f"good_{i:03d}": {"json": row(answer=f"red {i}"), "png": png()} for i in range(ROWS)}
+    names = list(good)
+    samples = {}
+    for i, name in enumerate(names):
+        samples[name] = good[name]
+        if i % 6 == 5 and i // 6 < len(BAD):
+            key = list(BAD)[i // 6]
+            samples[key] = BAD[key]
+    write_tar(folder / "000000.tar", samples)
+    write_tar(folder / "000001.tar", {f"more_{i}": {"json": row(answer="blue"), "png": png()} for i in range(5)})
+    (folder / "000002.tar").write_bytes(b"")
+    index_folder(folder)
+    return root
+
+
+def one_source(root, run, *more):
+    """The recipe with a single source, through a config file of its own."""
+    path = root / "config.yaml"
+    text = RECIPE.read_text().replace("include: [../model/tiny-siglip-whisper-llama.yaml, ../data/demo.yaml]", "")
+    text = re.sub(r"\neval:.*?\nrun:", "\nrun:", text, flags=re.S)
+    model = RECIPE.parents[1] / "model/tiny-siglip-whisper-llama.yaml"
+    path.write_text(
+        f"include: [{model}]\n{text}\ndata:\n  root: {root}\n  sources: {{only: {{path: train}}}}\n  seq_len: 256\n  plan_group: 1\n"
+        "  window: 64\n  workers: 0\n"
+    )
+    base = [
+        f"run.dir={run}",
+        "train.save_every=100",
+        "train.warmup_steps=0",
+        "train.global_batch=2",
+        "run.tensorboard=false",
+        "run.threads=1",
+    ]
+    return path, [*base, *more]
+
+
+def train_here(path, words):
+    from mmscale.config.load import load_config
+    from mmscale.config.schema import ParallelConfig
+    from mmscale.parallel.mesh import init_mesh
+    from mmscale.train.loop import train
+    from mmscale.train.signals import StopFlag
+
+    train(load_config(path, words), init_mesh(ParallelConfig(), "cpu"), StopFlag())
+
+
+def test_every_indexed_sample_is_delivered_or_skipped_by_reason(mixed, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("mmscale"), "propagate", True)
+    run = tmp_path / "run"
+    path, words = one_source(mixed, run, "train.steps=8", "data.max_bad=1.0")
+    with caplog.at_level(logging.INFO):
+        train_here(path, words)
+    lines = [r.getMessage() for r in caplog.records if "indexed" in r.getMessage() and "epoch 0" in r.getMessage()]
+    assert len(lines) == 1, [r.getMessage() for r in caplog.records]
+    indexed, delivered, skipped, reasons = re.search(
+        r"indexed (\d+) = delivered (\d+) \+ skipped (\d+) \((.*)\)", lines[0]
+    ).groups()
+    assert int(indexed) == int(delivered) + int(skipped)
+    assert int(delivered) == ROWS + 5
+    assert int(skipped) == len(BAD)
+    assert sum(int(n) for n in re.findall(r" (\d+)", reasons)) == len(BAD)
+    assert "media_count 1" in reasons
+    first_epoch = json.loads((run / "skipped.jsonl").read_text().splitlines()[0])
+    assert first_epoch["id"] == "train/000000.tar:half_jpeg"
+    assert first_epoch["reason"] == "decode_image"
+    assert first_epoch["offset"] > 0
+
+
+def test_too_many_bad_samples_stop_the_run(mixed, tmp_path):
+    from mmscale.errors import DataError
+
+    path, words = one_source(mixed, tmp_path / "run", "train.steps=120", "data.max_bad=0.05")
+    with pytest.raises(DataError, match=r"data\.max_bad=5\.0%.*found \d+ of \d+"):
+        train_here(path, words)
+
+
+def test_on_error_raise_names_the_sample(mixed, tmp_path):
+    from mmscale.errors import DataError
+
+    path, words = one_source(mixed, tmp_path / "run", "train.steps=5", "data.on_error=raise")
+    with pytest.raises(DataError, match=r"half_jpeg at offset \d+: .*decode_image"):
+        train_here(path, words)
+
+
+def test_a_shard_changed_after_indexing_is_put_aside_by_name(mixed, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("mmscale"), "propagate", True)
+    shard = mixed / "train/000001.tar"
+    data = bytearray(shard.read_bytes())
+    at = data.index(b"blue")
+    data[at : at + 4] = b"pink"
+    shard.write_bytes(data)
+    path, words = one_source(mixed, tmp_path / "run", "train.steps=8", "data.max_bad=1.0")
+    with caplog.at_level(logging.INFO):
+        train_here(path, words)
+    assert any("000001.tar" in r.getMessage() and "put aside" in r.getMessage() for r in caplog.records)
+    ledger = (tmp_path / "run/ledger.jsonl").read_text()
+    assert "000000.tar:good_000" in ledger
+    assert "more_" not in ledger
+    line = next(r.getMessage() for r in caplog.records if "indexed" in r.getMessage() and "epoch 0" in r.getMessage())
+    assert "quarantined 5" in line
+
+
+@pytest.mark.parametrize(
+    ("word", "code", "text"),
+    [
+        ("train.lerning=1", 2, "unknown key 'train.lerning'"),
+        ("train.lr=fast", 2, "train.lr"),
+        ("data.sources.digits.path=nowhere", 2, "nowhere"),
+        ("data.template=chatlm", 2, "did you mean 'chatml'"),
+        ("model.vision.connector=mlp2x_relu", 2, "mlp2x_gelu"),
+        ("model.llm.config.model_type=lama", 2, "lama"),
+        ("model.tokenizer.path=nowhere", 2, "nowhere"),
+        ("data.seq_len=20", 2, "data.seq_len"),
+        ("parallel.ulysses=2", 2, "parallel.ulysses"),
+        ("model.audio.window_s=3", 2, "window_s"),
+    ],
+)
+def test_bad_configs_are_refused_in_one_line(demo_data, tmp_path, word, code, text):
+    from typer.testing import CliRunner
+
+    from mmscale.cli.main import app
+    from mmscale.errors import MmscaleError
+
+    result = CliRunner().invoke(
+        app, ["check", str(RECIPE), f"data.root={demo_data}", f"run.dir={tmp_path / 'run'}", word]
+    )
+    assert isinstance(result.exception, MmscaleError), result.output
+    assert result.exception.exit_code == code
+    assert text in str(result.exception)
+    assert "\n" not in str(result.exception)
+
+
+def test_the_command_exits_2_with_one_line_and_no_traceback(demo_data, tmp_path):
+    command = [
+        MMSCALE,
+        "train",
+        RECIPE,
+        f"data.root={demo_data}",
+        f"run.dir={tmp_path / 'run'}",
+        "train.global_batch=3",
+        "data.plan_group=2",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip().count("\n") == 0
+    assert done.stderr.startswith("ConfigError: train.global_batch=3")
+    assert not (tmp_path / "run").exists()
+
+
+def test_check_prints_layout_sources_and_parts(demo_data, tmp_path):
+    from typer.testing import CliRunner
+
+    from mmscale.cli.main import app
+
+    result = CliRunner().invoke(
+        app, ["check", str(RECIPE), f"data.root={demo_data}", f"run.dir={tmp_path / 'run'}", "--world-size", "2"]
+    )
+    assert result.exit_code == 0, result.output
+    for text in (
+        "2 = tensor 1 x ulysses 1 x ring 1 x data 2",
+        "tokens per step",
+        "vision_connector",
+        "audio",
+        "digits",
+    ):
+        assert text in result.output
+    assert not (tmp_path / "run").exists()
