@@ -19,7 +19,7 @@ from mmscale.streaming.tokenizer import TextTokenizer
 from mmscale.types import Turn
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-CHAT_TOKENS = 9
+CHAT_TOKENS = 10
 """Tokens of a ChatML question and answer besides their texts."""
 
 

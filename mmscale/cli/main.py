@@ -116,7 +116,7 @@ def evaluate(
 @app.command()
 def demo(
     folder: Annotated[
-        str, typer.Argument(help="Folder for data, run and exports; a finished part is used again.")
+        str, typer.Argument(help="Folder for data, run and exports; an earlier demo there is replaced.")
     ] = "demo",
 ) -> None:
     """Do the main job on real data on a CPU: build shards, train, stop and resume, consolidate, ask, report."""

@@ -35,14 +35,14 @@ class Answerer(Protocol):
 
 
 def task_of(sample_id: str) -> str:
-    """The task of a row: its key up to the last underscore.
+    """The task of a row: its key up to the last underscore, or its dataset's name when keys are numbers.
 
     Example:
-        >>> task_of("audio/000000.tar:beeps_00012")
-        'beeps'
+        >>> task_of("audio/000000.tar:beeps_00012"), task_of("mine/000000.tar:000000012")
+        ('beeps', 'mine')
     """
-    key = sample_id.rpartition(":")[2].rpartition("/")[2]
-    return key.rpartition("_")[0] or key
+    dataset, _, key = sample_id.partition(":")
+    return key.rpartition("/")[2].rpartition("_")[0] or dataset.rpartition("/")[0]
 
 
 def first_question(sample: Sample) -> tuple[Sample, str] | None:

@@ -12,7 +12,6 @@ import torch
 
 from mmscale.config.schema import Config
 from mmscale.logging import get_logger
-from mmscale.parallel.apply import external_parts
 from mmscale.parallel.comm import broadcast_object, gather_objects, sum_floats, sum_ints
 from mmscale.parallel.engines.base import StepResult
 from mmscale.parallel.mesh import Mesh
@@ -183,7 +182,7 @@ def save(run: Run, reporter: Reporter, state: StreamState, step: int) -> Path:
     trainer: dict[str, Any] = {
         "data": state.to_dict(),
         "config": config.model_dump(mode="json"),
-        "external_parts": external_parts(config.model, config.train),
+        "external_parts": run.external,
     }
     path = save_checkpoint(run.folder / "checkpoints", step, run.engine, trainer, run.mesh, config.train.keep_last)
     took = time.perf_counter() - started

@@ -31,7 +31,7 @@ class StepMetrics:
 
     `loss`: mean over the target tokens of the global batch. `tokens`: positions by what they hold. `target_tokens`: loss
     terms by the medium in their document (`text` = none). `fill`: useful tokens / (packs * seq_len). `skipped`: samples
-    masked so far in the run. `mfu`: null unless `run.peak_tflops` is set. Times in seconds; the loader's share of the step
+    drawn and not delivered so far in the run, for any reason. `mfu`: null unless `run.peak_tflops` is set. Times in seconds; the loader's share of the step
     is `data_wait_frac`.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -19,16 +20,16 @@ from mmscale.config.checks import check_config, check_lengths
 from mmscale.config.load import dump_config
 from mmscale.config.schema import Config, SourceConfig
 from mmscale.config.specs import media_specs
-from mmscale.errors import RefusedInputError
+from mmscale.errors import CheckpointError, RefusedInputError
 from mmscale.model.composite import MultimodalLM, build_model
 from mmscale.parallel.apply import external_parts, make_engine
-from mmscale.parallel.comm import barrier
+from mmscale.parallel.comm import barrier, broadcast_object
 from mmscale.parallel.engines.base import Engine
 from mmscale.parallel.mesh import Mesh
 from mmscale.streaming.loader import Stream
 from mmscale.streaming.state import StreamState
 from mmscale.streaming.tokenizer import TextTokenizer
-from mmscale.train.checkpoint import find_checkpoint
+from mmscale.train.checkpoint import CheckpointReader, find_checkpoint
 from mmscale.train.flops import FlopModel, flop_model
 from mmscale.train.optim import ParamGroup, build_optimizer, param_groups
 from mmscale.types import MediaSpecs
@@ -40,7 +41,11 @@ DONE = "DONE"
 
 @dataclass(frozen=True)
 class Run:
-    """Everything a step needs. `first_step` is the next optimizer step (1 = a new run), `state` the data state before it."""
+    """Everything a step needs.
+
+    `first_step`: the next optimizer step (1 = a new run). `state`: the data state before it. `external`: path and sha256 of
+    the frozen parts whose weights checkpoints leave out.
+    """
 
     config: Config
     mesh: Mesh
@@ -51,6 +56,7 @@ class Run:
     flops: FlopModel
     first_step: int
     state: StreamState
+    external: Mapping[str, Mapping[str, str]]
 
     @property
     def folder(self) -> Path:
@@ -71,15 +77,14 @@ def open_run(config: Config, mesh: Mesh) -> Iterator[Run | None]:
     """
     check_config(config, mesh.world_size)
     _set_torch(config)
-    is_done = _is_done(config)
-    barrier(mesh)  # every rank has looked before rank 0 may remove the marker
-    if is_done:
+    if _is_done(config):
         yield None
         return
-    if mesh.is_main:
-        _prepare_folder(config)
     run = _assemble(config, mesh)
     try:
+        if mesh.is_main:
+            _prepare_folder(config)  # only now: a refused start leaves the run directory as it was
+        barrier(mesh)
         _print_header(run)
         yield run
     finally:
@@ -116,7 +121,7 @@ def _set_torch(config: Config) -> None:
 
 
 def _prepare_folder(config: Config) -> None:
-    """Creates the run directory and keeps the resolved config in it; a changed config is said and kept beside the old."""
+    """Creates the run directory and writes the resolved config into it; that it replaces another one is said."""
     folder = Path(config.run.dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -142,14 +147,42 @@ def _assemble(config: Config, mesh: Mesh) -> Run:
     model = build_model(config, tokenizer.vocab_size, specs)
     check_lengths(config, specs, getattr(model.llm.config, "max_position_embeddings", None))
     groups = param_groups(model, config.train)
-    optimizer, external = build_optimizer(groups, config.train), external_parts(config.model, config.train)
-    # before the engine: a checkpoint of other data is refused without the work of loading it
-    state = StreamState(stream.facts) if reader is None else stream.restore(reader.trainer["data"])
-    engine = make_engine(model, optimizer, config.parallel, config.train, mesh, external, reader)
-    flops = flop_model(model.parts(), sorted({group.part for group in groups}))
-    return Run(
-        config, mesh, stream, eval_stream, engine, groups, flops, 1 if reader is None else reader.step + 1, state
+    external = external_parts(config.model, config.train)
+    hashes = broadcast_object(
+        mesh, {name: weights_sha256(path) for name, path in external.items()} if mesh.is_main else {}
     )
+    # before the engine: a checkpoint of other data or weights is refused without the work of loading it
+    state = StreamState(stream.facts) if reader is None else stream.restore(reader.trainer["data"])
+    if reader is not None:
+        _check_external(reader, external, hashes)
+    engine = make_engine(
+        model, build_optimizer(groups, config.train), config.parallel, config.train, mesh, external, reader
+    )
+    flops = flop_model(model.parts(), sorted({group.part for group in groups}))
+    first_step = 1 if reader is None else reader.step + 1
+    sources = {name: {"path": path, "sha256": hashes[name]} for name, path in external.items()}
+    return Run(config, mesh, stream, eval_stream, engine, groups, flops, first_step, state, sources)
+
+
+def weights_sha256(folder: str) -> str:
+    """The digest of all weight files of a Hugging Face folder, in the order of their names."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in Path(folder).iterdir() if p.suffix in (".safetensors", ".bin")):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _check_external(reader: CheckpointReader, external: Mapping[str, str], hashes: Mapping[str, str]) -> None:
+    """Refuses frozen parts with other weights than those beside which the checkpoint was trained."""
+    saved = reader.trainer["external_parts"]
+    for name, path in external.items():
+        if name in saved and saved[name]["sha256"] != hashes[name]:
+            raise CheckpointError(
+                f"model.{name}.path={path}: expected the weights that this run was trained beside ({saved[name]['path']}, sha256 "
+                f"{saved[name]['sha256'][:12]}), found others ({hashes[name][:12]}); restore them, or start a new run.dir"
+            )
 
 
 def load_tokenizer(config: Config) -> TextTokenizer:
