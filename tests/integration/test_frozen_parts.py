@@ -21,7 +21,14 @@ def tower(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("tower")
     torch.manual_seed(3)
-    shape = {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
+    shape = {
+        "hidden_size": 96,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 32,
+        "patch_size": 8,
+    }
     SiglipVisionModel(SiglipVisionConfig(**shape)).save_pretrained(folder)
     return folder
 
@@ -56,7 +63,9 @@ def test_frozen_tower_from_a_folder(tower, demo_data, tmp_path):
     config_before = (run / "config.yaml").read_text()
     file = tower / "model.safetensors"
     save_file({n: t + 1 for n, t in original.items()}, file, metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"model\.vision\.path=.*expected the weights that this run was trained beside"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.vision\.path=.*expected the weights that this run was trained beside"
+    ):
         train_here(*words, "train.steps=4")
     assert (run / "DONE").exists(), "a refused start leaves the run directory as it was"
     assert (run / "config.yaml").read_text() == config_before

@@ -6,10 +6,13 @@ Every parameter that is left takes part in the output, so sharded engines never 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from mmscale.errors import ConfigError
 
@@ -80,15 +83,16 @@ def open_tower(config: PretrainedConfig, select_layer: int | None, path: str | N
     if path is None:
         model = AutoModel.from_config(config, attn_implementation="sdpa")
     else:
-        model, info = AutoModel.from_pretrained(
-            *(path,),
-            config=config,
-            attn_implementation="sdpa",
-            dtype=torch.float32,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        with _without_load_report():
+            model, info = AutoModel.from_pretrained(
+                *(path,),
+                config=config,
+                attn_implementation="sdpa",
+                dtype=torch.float32,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+            )
         missing = sorted(k for k in info["missing_keys"] if not k.startswith("decoder."))
         if missing:
             raise ConfigError(
@@ -98,6 +102,18 @@ def open_tower(config: PretrainedConfig, select_layer: int | None, path: str | N
         model = model.get_encoder()
     _drop_unused(model, config, select_layer)
     return model
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Silences transformers' table of unused weights: here they are the upper layers and heads, left out on purpose, and
+    missing weights are refused below."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def _drop_unused(model: PreTrainedModel, config: PretrainedConfig, select_layer: int | None) -> None:
