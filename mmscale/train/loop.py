@@ -55,6 +55,15 @@ def train(config: Config, mesh: Mesh, stop: StopFlag) -> None:
             _steps(run, reporter, stop)
 
 
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """When a step began (`time.perf_counter` seconds) and how long it then waited for the loader, in seconds."""
+
+    step: int
+    started: float
+    waited: float
+
+
 def _steps(run: Run, reporter: Reporter, stop: StopFlag) -> None:
     """All optimizer steps that are left."""
     config, saved = run.config, run.first_step - 1
@@ -64,12 +73,12 @@ def _steps(run: Run, reporter: Reporter, stop: StopFlag) -> None:
         for step in range(run.first_step, config.train.steps + 1):
             started = time.perf_counter()
             batch = next(batches)
-            waited = time.perf_counter() - started
+            clock = Clock(step, started, time.perf_counter() - started)
             totals = agree(run.mesh, batch, stop)
             if totals.stops:
                 _stop(run, reporter, state, step - 1, saved)
                 return
-            state = _step(run, reporter, state, batch, totals, step, started, waited)
+            state = _step(run, reporter, state, batch, totals, clock)
             if config.eval.every and (step % config.eval.every == 0 or step == config.train.steps):
                 validate(run, reporter, step)
             if step % config.train.save_every == 0 or step == config.train.steps:
@@ -81,27 +90,30 @@ def _steps(run: Run, reporter: Reporter, stop: StopFlag) -> None:
 
 
 def _step(
-    run: Run, reporter: Reporter, before: StreamState, batch: StepBatch, totals: StepTotals, step: int, started: float,
-    waited: float,
-) -> StreamState:  # fmt: skip
+    run: Run, reporter: Reporter, before: StreamState, batch: StepBatch, totals: StepTotals, clock: Clock
+) -> StreamState:
     """One optimizer step and its report; gives the data state after it."""
+    step = clock.step
     # by counter, not by state: whatever is random in the model depends on seed, step and rank alone
     torch.manual_seed((run.config.train.seed << 32) + (step << 12) + run.mesh.rank)
-    lrs = [group.lr * lr_factor(step, run.config.train) for group in run.groups]
     if totals.targets:
         local_loss = run.engine.forward_backward(batch.packs, totals.targets)
-        result = run.engine.step(lrs)
+        result = run.engine.step(_learning_rates(run, step))
     else:  # nothing to learn from on any rank: no mean exists, and every rank knows it
         local_loss, result = 0.0, StepResult(0.0, skipped=True)
     loss = sum_floats(run.mesh, [local_loss])[0] / max(1, totals.targets)
     skips = _all_skips(run.mesh, batch.packs) if totals.num_skips else ()
     state = batch.state_after(before, skips)
-    took = time.perf_counter() - started
-    metrics = _metrics(run, batch, totals, result, loss, step, max(lrs), took, waited, state)
+    metrics = _metrics(run, batch, totals, clock, result, loss, state)
     reporter.step(metrics, batch.ids, [dataclasses.asdict(skip) for skip in skips])
     if result.skipped:
         log.warning("step %d: no update: loss %s, gradient norm %s", step, loss, result.grad_norm)
     return state
+
+
+def _learning_rates(run: Run, step: int) -> list[float]:
+    """The learning rate of each parameter group in a step."""
+    return [group.lr * lr_factor(step, run.config.train) for group in run.groups]
 
 
 def agree(mesh: Mesh, batch: StepBatch, stop: StopFlag) -> StepTotals:
@@ -138,23 +150,23 @@ def _all_skips(mesh: Mesh, packs: tuple[PackedBatch, ...]) -> tuple[Skip, ...]:
 
 
 def _metrics(
-    run: Run, batch: StepBatch, totals: StepTotals, result: StepResult, loss: float, step: int, lr: float, took: float,
-    waited: float, state: StreamState,
-) -> StepMetrics:  # fmt: skip
+    run: Run, batch: StepBatch, totals: StepTotals, clock: Clock, result: StepResult, loss: float, state: StreamState
+) -> StepMetrics:
+    took = time.perf_counter() - clock.started
     tokens = sum(totals.tokens.values())
     peak = run.config.run.peak_tflops
     flops = sum(run.flops.pack(pack) for pack in batch.packs) * run.mesh.dp_size
     return StepMetrics(
-        step=step,
+        step=clock.step,
         loss=loss,
         loss_hex=float(loss).hex(),
         grad_norm=result.grad_norm,
-        lr=lr,
+        lr=max(_learning_rates(run, clock.step)),
         tokens=totals.tokens,
         target_tokens=totals.target_tokens,
         tokens_per_s=tokens / took,
         mfu=None if peak is None else flops / took / (run.mesh.world_size * peak * 1e12),
-        data_wait_frac=waited / took,
+        data_wait_frac=clock.waited / took,
         fill=tokens / (run.config.train.global_batch * run.config.data.seq_len),
         skipped=state.num_skipped,
         step_time_s=took,
