@@ -25,6 +25,9 @@ app = typer.Typer(
 )
 
 Folder = Annotated[Path, typer.Argument(help="Dataset folder: .tar shards with manifest.json.")]
+Folders = Annotated[
+    list[Path], typer.Argument(metavar="DIR...", help="Dataset folders: .tar shards with manifest.json.")
+]
 
 
 class Source(StrEnum):
@@ -64,8 +67,13 @@ def build(
 
 
 @app.command()
-def index(folder: Folder) -> None:
+def index(folders: Folders) -> None:
     """Write the index of every .tar in a folder, and its manifest. Use it for tars from elsewhere."""
+    for folder in folders:
+        _index(folder)
+
+
+def _index(folder: Path) -> None:
     from mmscale.data_tools.indexing import index_folder
 
     with _progress("shards") as update:
@@ -81,8 +89,14 @@ def index(folder: Folder) -> None:
 
 
 @app.command()
-def verify(folder: Folder) -> None:
+def verify(folders: Folders) -> None:
     """Check hashes, index, rows and media headers of every shard. Exit code 1 when anything is wrong."""
+    if not all([_verify(folder) for folder in folders]):  # a list: every folder is looked at
+        raise typer.Exit(1)
+
+
+def _verify(folder: Path) -> bool:
+    """Prints what was found; whether nothing is wrong."""
     from mmscale.data_tools.verify import summarize, verify_folder
 
     with _progress("shards") as update:
@@ -91,12 +105,17 @@ def verify(folder: Folder) -> None:
     if report.findings:
         rows = [(shard, reason, str(count), text) for shard, reason, count, text in summarize(report)]
         _table("found", ("shard", "reason", "count", "first"), rows)
-        raise typer.Exit(1)
+    return not report.findings
 
 
 @app.command()
-def stats(folder: Folder) -> None:
+def stats(folders: Folders) -> None:
     """Print how many samples, pictures, seconds of audio, turns and bytes of text there are."""
+    for folder in folders:
+        _stats(folder)
+
+
+def _stats(folder: Path) -> None:
     from mmscale.data_tools.stats import dataset_stats
 
     with _progress("rows") as update:

@@ -177,7 +177,7 @@ def compare_rows(digits: Sequence[Digit], count: int, several_turns: bool) -> It
 
 
 def word_rows(count: int, split: int) -> Iterator[Row]:
-    """Short words drawn with Pillow's own font, in other colours, sizes and places each time."""
+    """Short words drawn with Pillow's own font, in other colours and places each time."""
     rng = _rng("words", split)
     for i in range(count):
         word = WORDS[i % len(WORDS)]
@@ -188,12 +188,10 @@ def _word_png(word: str, rng: np.random.Generator) -> bytes:
     from PIL import Image, ImageDraw, ImageFont
 
     ink, paper = (tuple(int(c) for c in rng.integers(low, low + 60, 3)) for low in (0, 190))
-    font = ImageFont.load_default(int(rng.integers(17, 21)))
-    left, top, right, bottom = font.getbbox(word)
-    width, height = int(right - left) + 8, 32
-    image = Image.new("RGB", (width, height), paper)
-    x = int(rng.integers(1, 8)) - int(left)
-    y = int(rng.integers(2, height - int(bottom - top) - 1)) - int(top)
+    font = ImageFont.load_default(18)
+    left, _, right, _ = font.getbbox(word)
+    image = Image.new("RGB", (int(right - left) + 4, 32), paper)
+    x, y = int(rng.integers(1, 4)) - int(left), int(rng.integers(3, 6))
     ImageDraw.Draw(image).text((x, y), word, fill=ink, font=font)
     return _png(image)
 
