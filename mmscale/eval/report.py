@@ -69,7 +69,8 @@ def draw_report(metrics: Path, answers: Sequence[Mapping[str, Any]], scores: Map
 def _draw_curves(
     axes: Any, train: Mapping[int, float], validation: Mapping[int, float], resumes: Sequence[int]
 ) -> None:
-    axes.plot(list(train), list(train.values()), color="#4c72b0", linewidth=1, label="training")
+    axes.plot(list(train), list(train.values()), color="#4c72b0", linewidth=0.6, alpha=0.35)
+    axes.plot(list(train), _running_mean(list(train.values())), color="#4c72b0", label="training (mean of 25 steps)")
     if validation:
         axes.plot(list(validation), list(validation.values()), "o-", color="#dd8452", label="validation (held out)")
     for number, step in enumerate(resumes):
@@ -77,6 +78,11 @@ def _draw_curves(
     axes.set(xlabel="optimizer step", ylabel="loss per target token", yscale="log", title="Loss")
     axes.grid(alpha=0.3)
     axes.legend()
+
+
+def _running_mean(values: Sequence[float], width: int = 25) -> list[float]:
+    """The mean of each value and the `width - 1` before it."""
+    return [sum(part) / len(part) for part in (values[max(0, i + 1 - width) : i + 1] for i in range(len(values)))]
 
 
 def _draw_scores(axes: Any, scores: Mapping[str, str]) -> None:
