@@ -1,5 +1,7 @@
 # `make demo` and `make test` set everything up themselves; a second run skips the set-up.
-PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || echo python3)
+# the first that runs: version managers leave names on the PATH behind which nothing is installed
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do $$p -c 'import venv' 2>/dev/null && { echo $$p; break; }; done)
+TORCH ?= torch
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -17,8 +19,8 @@ $(READY): setup.py constraints-cpu.txt Makefile
 	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 12), f"Python 3.11 or 3.12 is needed, found {sys.version.split()[0]}; set PYTHON=..."'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints-cpu.txt pip wheel "setuptools<85" ninja
-	$(BIN)/pip install -q -c constraints-cpu.txt torch
-	$(BIN)/python -c 'import torch; assert torch.version.cuda is None, "a CUDA build of torch was installed; remove $(VENV) and install a CPU build"'
+	$(BIN)/pip install -q -c constraints-cpu.txt $(TORCH)
+	$(BIN)/python -c 'import sys, torch; torch.version.cuda and sys.exit("expected a CPU build of torch, found one for CUDA; run: rm -rf $(VENV); make setup TORCH=\"torch --index-url https://download.pytorch.org/whl/cpu\"")'
 	$(BIN)/pip install -q -c constraints-cpu.txt --no-deps torchaudio
 	find $(VENV) -path '*/torchaudio/lib/*.so' -delete
 	DS_BUILD_OPS=0 $(BIN)/pip install -q -c constraints-cpu.txt --no-build-isolation deepspeed
