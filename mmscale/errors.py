@@ -46,6 +46,10 @@ class MissingExtraError(ConfigError):
         )
 
 
+class DivergedError(MmscaleError):
+    """Training whose loss or gradient is not finite any more (exit code 1); the last good checkpoint stays the newest."""
+
+
 class BadSampleError(DataError):
     """One sample that cannot be used. Caught where samples are counted; never stops a run by itself.
 

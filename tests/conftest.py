@@ -27,3 +27,14 @@ def demo_data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "data"
     write_demo(folder, scale=0.03)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was():
+    """What a test sets up in mmscale's logger (a handler on a captured stream, a level) ends with it."""
+    import logging
+
+    logger = logging.getLogger("mmscale")
+    before = (list(logger.handlers), logger.level, logger.propagate)
+    yield
+    logger.handlers[:], logger.level, logger.propagate = before

@@ -10,6 +10,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TextIO
@@ -22,7 +23,7 @@ from mmscale.streaming.rows import declared_media, parse_row, parse_sample
 from mmscale.types import MODALITIES, Modality
 
 SKIPPED_NAME = "skipped.jsonl"
-CAPTION_SUFFIXES = (".txt", ".caption")
+CAPTION_EXTENSIONS = ("txt", "caption")
 
 OnRow = Callable[[int], None]
 """Called with the number of rows seen so far."""
@@ -66,11 +67,11 @@ def build_llava(rows: Path, media: Path, out: Path, options: BuildOptions, on_ro
 
     Args:
         rows: the row file. Keys of the samples are its row numbers.
-        media: folder that the file names in the rows are relative to; nothing outside it is opened.
+        media: folder that the file names in the rows are relative to; nothing outside it is opened, through a link neither.
         out: dataset folder, made when missing.
 
     Raises:
-        RefusedInputError: a file or folder is missing, or the rows are not parseable (with the line).
+        RefusedInputError: a file or folder is missing, `out` is a file, or a list is not parseable (with the line).
         DataError: with `strict`, the first row that cannot be used.
     """
     if not media.is_dir():
@@ -82,7 +83,7 @@ def build_folder(source: Path, out: Path, options: BuildOptions, on_row: OnRow |
     """Writes media files with a caption of the same name (`.txt` or `.caption`) below a folder as a dataset folder.
 
     Raises:
-        RefusedInputError: no such folder, or no media file in it.
+        RefusedInputError: no such folder, no media file in it, or `out` is a file.
         DataError: with `strict`, the first file that cannot be used.
     """
     if not source.is_dir():
@@ -98,12 +99,30 @@ def build_folder(source: Path, out: Path, options: BuildOptions, on_row: OnRow |
 
 
 def _build(items: Iterator[_Item], out: Path, options: BuildOptions, on_row: OnRow | None) -> BuildReport:
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise RefusedInputError(f"{out}: expected a folder to write, found a file; choose another with --out") from None
+    temporary = out / (SKIPPED_NAME + ".tmp")
+    try:
+        report = _write(items, out, temporary, options, on_row)
+        os.replace(temporary, out / SKIPPED_NAME)
+        return report
+    finally:  # whatever ended the build: no half list, and no new folder with nothing in it
+        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # one that is not empty stays
+            for folder in made:
+                folder.rmdir()
+
+
+def _write(
+    items: Iterator[_Item], out: Path, skip_path: Path, options: BuildOptions, on_row: OnRow | None
+) -> BuildReport:
     skipped: Counter[str] = Counter()
     dropped_turns = 0
-    out.mkdir(parents=True, exist_ok=True)
-    temporary = out / (SKIPPED_NAME + ".tmp")
     with (
-        temporary.open("w", encoding="utf-8") as skip_list,
+        skip_path.open("w", encoding="utf-8") as skip_list,
         ShardWriter(out, options.max_bytes, options.max_samples) as writer,
     ):
         for number, item in enumerate(items):
@@ -114,9 +133,7 @@ def _build(items: Iterator[_Item], out: Path, options: BuildOptions, on_row: OnR
                 dropped_turns += item.dropped_turns
             if on_row:
                 on_row(number + 1)
-        report = BuildReport(writer.num_samples, skipped, dropped_turns)
-    os.replace(temporary, out / SKIPPED_NAME)
-    return report
+    return BuildReport(writer.num_samples, skipped, dropped_turns)
 
 
 def _skip(item: _Item, skip_list: TextIO, skipped: Counter[str], strict: bool) -> None:
@@ -126,7 +143,8 @@ def _skip(item: _Item, skip_list: TextIO, skipped: Counter[str], strict: bool) -
         raise DataError(f"{where}: {item.skip}; correct it, or build without --strict to skip and count such rows")
     skipped[item.skip.reason] += 1
     line = {**item.where, "reason": item.skip.reason, "detail": item.skip.detail}
-    skip_list.write(json.dumps(line, ensure_ascii=False) + "\n")
+    shown = {k: v.encode("utf-8", "backslashreplace").decode() if isinstance(v, str) else v for k, v in line.items()}
+    skip_list.write(json.dumps(shown, ensure_ascii=False) + "\n")
 
 
 def _llava_item(path: Path, row: Row, media: Path) -> _Item:
@@ -165,6 +183,8 @@ def _media_file(name: str, modality: Modality, media: Path) -> Path:
     if modality_of(_ext(name)) != modality:
         raise BadSampleError("media_type", f"{name[:200]!r} is no {modality} file that can be read")
     file = media / name
+    if not Path(os.path.realpath(file)).is_relative_to(os.path.realpath(media)):
+        raise BadSampleError("media_path", f"{name[:200]!r} is a link that leads outside the media folder")
     try:
         size = file.stat().st_size if file.is_file() else -1
     except OSError as e:
@@ -175,26 +195,29 @@ def _media_file(name: str, modality: Modality, media: Path) -> Path:
 
 
 def _folder_items(source: Path, names: list[str]) -> Iterator[_Item]:
-    known = set(names)
+    captions: dict[str, list[str]] = {}
+    for name in names:
+        stem, dot, _ = name.rpartition(".")
+        if dot and _ext(name) in CAPTION_EXTENSIONS:
+            captions.setdefault(stem, []).append(name)
     used: set[str] = set()
     for name in names:
-        if not modality_of(_ext(name)):
-            continue
-        stem = name.rpartition(".")[0]
-        captions = [stem + suffix for suffix in CAPTION_SUFFIXES if stem + suffix in known]
-        used.update(captions)
-        yield _captioned(source, name, captions)
-    for name in names:
-        if name.endswith(CAPTION_SUFFIXES) and name not in used:
-            yield _Item(
-                {"file": name}, skip=BadSampleError("missing_media", "a caption without a media file of its name")
-            )
+        if modality_of(_ext(name)):
+            stem = name.rpartition(".")[0]
+            used.add(stem)
+            yield _captioned(source, name, captions.get(stem, []))
+    for stem, orphans in captions.items():
+        for name in orphans if stem not in used else ():
+            fault = BadSampleError("missing_media", "a caption without a media file of its name")
+            yield _Item({"file": name}, skip=fault)
 
 
 def _captioned(source: Path, name: str, captions: list[str]) -> _Item:
     where: dict[str, str | int] = {"file": name}
     ext = _ext(name)
     try:
+        if name != name.encode("utf-8", "ignore").decode():
+            raise BadSampleError("name_not_utf8", "the file name is not UTF-8")
         if len(captions) != 1:
             found = " and ".join(captions) or "none"
             raise BadSampleError("missing_text", f"expected one caption file of the same name, found {found}")
@@ -206,7 +229,7 @@ def _captioned(source: Path, name: str, captions: list[str]) -> _Item:
         return _Item(where, skip=skip)
     except OSError as e:
         return _Item(where, skip=BadSampleError("media_missing", f"{e.filename}: {e.strerror}"))
-    about = json.dumps({"file": name}, ensure_ascii=False).encode("utf-8", "backslashreplace")
+    about = json.dumps({"file": name}, ensure_ascii=False).encode()
     return _Item(where, {ext: source / name, "txt": caption, "json": about})
 
 

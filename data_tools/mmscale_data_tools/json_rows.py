@@ -32,10 +32,11 @@ class Row:
 def iter_rows(path: Path) -> Iterator[Row]:
     """The rows of `FILE.json` (one list) or `FILE.jsonl` (a row per line) in order.
 
-    A row that is JSON but not strict (NaN, a duplicate key, ...) comes with its fault; the caller counts it.
+    A row that is JSON but not strict (NaN, a duplicate key, ...), or a line that is not JSON at all, comes with its fault;
+    the caller counts it. A byte order mark at the start is passed over.
 
     Raises:
-        RefusedInputError: no such file, not a list, or not parseable; the text has the line.
+        RefusedInputError: no such file, or a .json that is not a list or not parseable; the text has the line.
     """
     if path.suffix not in (".json", ".jsonl"):
         raise RefusedInputError(
@@ -50,21 +51,35 @@ def _lines(path: Path) -> Iterator[Row]:
     number = 0
     with path.open("rb") as file:
         for line, data in enumerate(iter(lambda: file.readline(MAX_BYTES + 1), b""), 1):
-            if len(data) > MAX_BYTES:
-                raise _refused(path, line, f"more than {MAX_BYTES} bytes in a line")
+            rest = data
+            if line == 1:
+                data = data.removeprefix(codecs.BOM_UTF8)
+            while len(rest) > MAX_BYTES and not rest.endswith(b"\n"):
+                rest = file.readline(MAX_BYTES + 1)
+            if not data.strip():
+                continue
             try:
-                text = data.decode("utf-8").strip()
-            except UnicodeDecodeError:
-                raise _refused(path, line, "text that is not UTF-8") from None
-            if text:
-                try:
-                    value, end, fault = _decode(text, 0)
-                except json.JSONDecodeError as e:
-                    raise _refused(path, line, e.msg) from None
-                if text[end:]:
-                    raise _refused(path, line, "more than one value in a line")
-                yield Row(number, line, value, fault)
-                number += 1
+                value, fault = _line_value(data)
+            except JsonFault as broken:
+                value, fault = None, broken
+            yield Row(number, line, value, fault)
+            number += 1
+
+
+def _line_value(data: bytes) -> tuple[Any, JsonFault | None]:
+    """Value and fault of one line. Raises JsonFault when it is not one JSON value."""
+    if len(data) > MAX_BYTES:
+        raise JsonFault("json_size", f"more than {MAX_BYTES} bytes in a line")
+    try:
+        text = data.decode("utf-8").strip()
+        value, end, fault = _decode(text, 0)
+    except UnicodeDecodeError as e:
+        raise JsonFault("json_utf8", f"byte {e.start} of the line is not UTF-8") from None
+    except json.JSONDecodeError as e:
+        raise JsonFault("json_syntax", f"{e.msg} at character {e.pos} of the line") from None
+    if text[end:]:
+        raise JsonFault("json_syntax", "more than one value in a line")
+    return value, fault
 
 
 class _Text:
@@ -77,7 +92,7 @@ class _Text:
         self.at_end = False
         self._line = 1
         self._counted = 0  # newlines before this position are in `_line`
-        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self._file = path.open("rb")
 
     def more(self) -> None:

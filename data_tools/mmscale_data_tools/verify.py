@@ -105,7 +105,7 @@ def _checked_shard(folder: Path, entry: ShardEntry) -> Shard:
             raise DataError(f"{index_path(path)}: not the index of its shard; run: mmscale-data index {folder}")
     except OSError as e:
         raise DataError(f"{e.filename}: {e.strerror}; restore the file") from None
-    return Shard(path, index)
+    return Shard(path, index, entry.sha256)
 
 
 def _bad_samples(shard: Shard) -> list[tuple[str, BadSampleError]]:

@@ -27,12 +27,19 @@ def run(config_path: str, overrides: list[str], world_size: int) -> None:
     specs = media_specs(config.model, config.data.image)
     section = config.model.tokenizer
     tokenizer = TextTokenizer.load(section.path, section.add_tokens, section.pad_to_multiple)
-    for template in {config.data.template, *(s.template for s in config.data.sources.values() if s.template)}:
-        load_template(template)
+    _check_templates(config, tokenizer)
     tables = (_layout(config, world_size, specs), _sources(config), _parts(config, tokenizer, specs))
     console = Console(highlight=False)  # printed only when everything holds
     for table in tables:
         console.print(table)
+
+
+def _check_templates(config: Config, tokenizer: TextTokenizer) -> None:
+    """Raises ConfigError when a template is unknown or its special tokens are not in the tokenizer."""
+    sources = [*config.data.sources.values(), *config.eval.sources.values()]
+    for name in sorted({config.data.template, *(s.template for s in sources if s.template)}):
+        for special in load_template(name).specials:
+            tokenizer.special_id(special)
 
 
 def _layout(config: Config, world_size: int, specs: MediaSpecs) -> Table:
@@ -65,7 +72,8 @@ def _layout(config: Config, world_size: int, specs: MediaSpecs) -> Table:
 
 def _sources(config: Config) -> Table:
     table = Table("source", "samples", "shards put aside", "skipped when indexed", "weight", "template")
-    for name, source in config.data.sources.items():
+    named = [*config.data.sources.items(), *((f"{name} (validation)", s) for name, s in config.eval.sources.items())]
+    for name, source in named:
         shards = ShardSet.open(Path(config.data.root) / source.path, source.path)
         skipped = ", ".join(f"{reason} {n}" for reason, n in shards.skipped.items()) or "none"
         weight = "by size" if source.weight is None else f"{source.weight:g}"

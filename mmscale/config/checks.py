@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from mmscale.config.schema import Config, ParallelConfig
+import os
+from collections.abc import Mapping
+
+from mmscale.config.schema import Config, ParallelConfig, SourceConfig
 from mmscale.errors import ConfigError
 from mmscale.types import MediaSpecs
 
@@ -25,6 +28,8 @@ def check_config(config: Config, world_size: int) -> None:
     _check_batch(config, dp_size)
     _check_parts(config)
     _check_schedule(config)
+    _check_sources("data.sources", config.data.sources)
+    _check_sources("eval.sources", config.eval.sources)
 
 
 def check_parallel(parallel: ParallelConfig) -> None:
@@ -71,6 +76,24 @@ def _check_parts(config: Config) -> None:
     if all(part is None or part.tune == "frozen" for _, part in parts):
         raise ConfigError(
             "train.parts: every part is frozen, so nothing would be trained; set tune: full on one of them"
+        )
+
+
+def _check_sources(key: str, sources: Mapping[str, SourceConfig]) -> None:
+    """Refuses a dataset under two names, whose samples would come twice, and weights on some sources only."""
+    names: dict[str, str] = {}
+    for name, source in sources.items():
+        path = os.path.normpath(source.path)
+        if path in names:
+            raise ConfigError(
+                f"{key}.{name}.path={source.path} is also the path of {key}.{names[path]}; remove one and raise the other's weight"
+            )
+        names[path] = name
+    without = [name for name, source in sources.items() if source.weight is None]
+    if without and len(without) < len(sources):
+        raise ConfigError(
+            f"{key}: expected a weight on every source or on none, found none on {', '.join(without)}; "
+            f"set {key}.{without[0]}.weight or remove the others"
         )
 
 

@@ -18,7 +18,6 @@ VARIABLES: dict[str, str] = {
     "SLURM_STEP_NUM_TASKS": "srun: tasks in the job step. Absent in a plain batch script, which then counts as one process.",
     "SLURM_LOCALID": "srun: number of this task on its node; selects the GPU.",
     "SLURM_LAUNCH_NODE_IPADDR": "srun: address of the node that ran srun, used for rank 0 when MASTER_ADDR is not set.",
-    "OMP_WAIT_POLICY": "OpenMP, read by torch: `mmscale train` sets PASSIVE unless you have set it.",
     "SLURM_JOB_ID": "SLURM: number of the job, from which the default port is derived.",
 }
 """Every variable that mmscale reads, with its meaning; `docs/` prints this table."""

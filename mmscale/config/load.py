@@ -15,7 +15,6 @@ from mmscale.config.schema import Config
 from mmscale.errors import ConfigError
 from mmscale.registry import nearest
 
-_MAX_ALIASES = 100
 _TAGS = ("map", "seq", "str", "int", "float", "bool", "null")
 
 
@@ -80,20 +79,25 @@ def _construct(node: yaml.Node, loader: _Loader, path: str, file: str, places: d
 
 
 def _parse(text: str, file: str) -> _Document:
-    loader = _Loader(text)
     document = _Document()
     try:
-        if sum(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, Loader=_Loader)) > _MAX_ALIASES:
-            raise ConfigError(f"{file}: more than {_MAX_ALIASES} YAML aliases; write the values out")
+        for token in yaml.scan(text, Loader=_Loader):
+            if isinstance(token, yaml.AliasToken):  # aliases of aliases can stand for more values than memory holds
+                line = token.start_mark.line + 1
+                raise ConfigError(f"{file}:{line}: YAML aliases are not read; write the value out, or use `include`")
+        loader = _Loader(text)
         node = loader.get_single_node()
         values = _construct(node, loader, "", file, document.places) if node is not None else {}
-    except yaml.YAMLError as error:
+    except (
+        yaml.YAMLError,
+        ValueError,
+        KeyError,
+        RecursionError,
+    ) as error:  # the last three: a tag that its text contradicts
         mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError(f"{file}{line}: this is not plain YAML: {problem}") from error
-    finally:
-        loader.dispose()
+        where = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{file}{where}: this is not plain YAML: {problem}; write plain keys and values") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{file}: expected sections (`model:`, `data:`, ...), found {type(values).__name__}")
     document.values = values

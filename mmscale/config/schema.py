@@ -13,7 +13,7 @@ Count = Annotated[int, Field(ge=0)]
 class Section(BaseModel):
     """A frozen group of keys that refuses what it does not know."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class TokenizerConfig(Section):

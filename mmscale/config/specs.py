@@ -196,6 +196,11 @@ def _wav2vec2_spec(part: AudioConfig, config: dict[str, Any]) -> AudioSpec:
         raise ConfigError(
             "model.audio: a wav2vec2 tower without adapter is expected, found add_adapter=true; set it false"
         )
+    if config.get("feat_extract_norm") == "layer" and not config.get("conv_bias"):
+        raise ConfigError(
+            "model.audio: a wav2vec2 tower with layer norms in its convolutions needs conv_bias=true, found false: on the exact "
+            "silence behind a short clip its gradient explodes; set conv_bias=true or feat_extract_norm=group"
+        )
     window = round(part.window_s * part.rate_hz)
     tokens = window
     for kernel, stride in zip(config["conv_kernel"], config["conv_stride"], strict=True):

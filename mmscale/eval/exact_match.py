@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
+from mmscale.errors import BadSampleError, DataError
 from mmscale.streaming.shards import ShardSet
 from mmscale.types import Sample, Turn
 
@@ -58,13 +57,18 @@ def ask(
 ) -> Iterator[list[dict[str, Any]]]:
     """Answers in batches: `id`, `task`, `question`, `answer`, `answer_ids`, `truth` of each row.
 
-    Rows with a medium outside `modalities` are left out, and so are rows without an answered question.
+    Rows with a medium outside `modalities` are left out, and so are rows without an answered question. A row that cannot be
+    read gives `id`, `task` and `skipped`, the reason.
     """
     allowed = set(modalities)
     batch: list[tuple[Sample, str]] = []
     for dataset in shards:
         for row in range(len(dataset)):
-            question = first_question(dataset.read(row))
+            try:
+                question = first_question(dataset.read(row))
+            except BadSampleError as error:
+                yield [_skipped(dataset.id(row), error)]
+                continue
             if question is None or any(m.modality not in allowed for m in question[0].media):
                 continue
             batch.append(question)
@@ -76,7 +80,13 @@ def ask(
 
 
 def _answer(generator: Answerer, batch: Sequence[tuple[Sample, str]], max_new_tokens: int) -> list[dict[str, Any]]:
-    answers = generator.answer([sample for sample, _ in batch], max_new_tokens)
+    """The rows of a batch; when one sample cannot be read, each is asked alone and that one is skipped."""
+    try:
+        answers = generator.answer([sample for sample, _ in batch], max_new_tokens)
+    except DataError as error:
+        if len(batch) == 1:
+            return [_skipped(batch[0][0].id, error)]
+        return [row for one in batch for row in _answer(generator, [one], max_new_tokens)]
     return [
         {
             "id": sample.id,
@@ -90,22 +100,21 @@ def _answer(generator: Answerer, batch: Sequence[tuple[Sample, str]], max_new_to
     ]
 
 
+def _skipped(sample_id: str, error: DataError) -> dict[str, Any]:
+    return {"id": sample_id, "task": task_of(sample_id), "skipped": str(error)}
+
+
 def last_user_text(turns: Sequence[Turn]) -> str:
     """The text of the last user turn."""
     return next(turn.text for turn in reversed(turns) if turn.role == "user")
 
 
 def score_table(answers: Iterable[Mapping[str, Any]]) -> dict[str, tuple[int, int]]:
-    """Task -> (answers equal to the truth, questions), in order of first appearance; surrounding blanks do not count."""
+    """Task -> (answers equal to the truth, questions asked), in order of first appearance; surrounding blanks do not count."""
     table: dict[str, tuple[int, int]] = {}
     for row in answers:
+        if "skipped" in row:
+            continue
         right, total = table.get(row["task"], (0, 0))
         table[row["task"]] = (right + (row["answer"].strip() == row["truth"].strip()), total + 1)
     return table
-
-
-def write_answers(path: Path, answers: Iterable[Mapping[str, Any]]) -> None:
-    """One JSON line per answer."""
-    with path.open("w", encoding="utf-8") as file:
-        for row in answers:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")

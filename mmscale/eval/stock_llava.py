@@ -58,7 +58,11 @@ def messages(row: dict[str, Any]) -> list[dict[str, Any]]:
 def answer(model: Any, processor: Any, batch: Sequence[dict[str, Any]], max_new_tokens: int) -> list[list[int]]:
     """Greedy answers of a batch as token ids, without the end token."""
     prompts = [processor.apply_chat_template(messages(row), add_generation_prompt=True) for row in batch]
-    images = [Image.open(io.BytesIO(data)).convert("RGB") for row in batch for data in row["images"]]
+    images = [
+        Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")).convert("RGB")
+        for row in batch
+        for data in row["images"]
+    ]
     inputs = processor(text=prompts, images=images or None, padding=True, padding_side="left", return_tensors="pt")
     with torch.no_grad():
         output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
 from mmscale.config.schema import LlmConfig, ModelConfig, TowerConfig
@@ -158,15 +159,33 @@ def hf_config(values: dict[str, Any], where: str) -> PretrainedConfig:
     try:
         known = AutoConfig.for_model(str(kind))
         config = AutoConfig.for_model(str(kind), **rest)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, ArithmeticError, StrictDataclassError) as error:
+        text = " ".join(str(error).split())
         raise ConfigError(
-            f"{where}: a Hugging Face configuration is expected, found model_type={kind!r}: {error}"
+            f"{where}: a Hugging Face configuration is expected, found model_type={kind!r}: {text}"
         ) from error
     names = {*known.to_dict(), *known.attribute_map, *_OLD_KEYS}
     for key in rest:
         if key not in names and not hasattr(known, key):
             raise ConfigError(f"{where}.{key}: a key of {type(config).__name__} is expected; {nearest(key, names)}")
+    _check_heads(config, "head_dim" in values, where)
     return config
+
+
+def _check_heads(config: PretrainedConfig, has_head_dim: bool, where: str) -> None:
+    """Refuses widths and head counts that do not divide, which transformers finds out in the middle of building a model."""
+    width, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
+    if not isinstance(width, int) or not isinstance(heads, int):
+        return
+    if heads < 1 or width < 1 or (width % heads and not has_head_dim):
+        raise ConfigError(
+            f"{where}.num_attention_heads={heads} must be at least 1 and divide hidden_size={width}; change one of them"
+        )
+    groups = getattr(config, "num_key_value_heads", None)
+    if isinstance(groups, int) and (groups < 1 or heads % groups):
+        raise ConfigError(
+            f"{where}.num_key_value_heads={groups} must be at least 1 and divide num_attention_heads={heads}; change one of them"
+        )
 
 
 def read_config(path: str, where: str) -> PretrainedConfig:

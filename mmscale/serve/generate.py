@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from mmscale.errors import BadSampleError, ConfigError, DataError
 from mmscale.model.hub import register
 from mmscale.streaming.chat import ChatTemplate, encode_chat, load_template
 from mmscale.streaming.decode.audio import decode_audio
-from mmscale.streaming.decode.image import decode_image
+from mmscale.streaming.decode.image import decode_image, open_image
 from mmscale.streaming.tokenizer import TextTokenizer
 from mmscale.types import MediaSpecs, Modality, Sample
 
@@ -78,9 +77,7 @@ class OwnPrompts:
                     encode_chat(self._template, self._tokenizer, sample.turns, counts, generation_prompt=True).input_ids
                 )
             except BadSampleError as error:
-                raise DataError(
-                    f"{sample.id}: expected a conversation the model can read, found {error}; correct or leave it out"
-                ) from error
+                raise _unreadable(sample, error) from error
         inputs = _pad_left(rows, self._tokenizer.pad_id)
         if images:
             inputs["pixel_values"] = torch.stack(images)
@@ -103,12 +100,10 @@ class ProcessorPrompts:
         """See `Prompts.build`. Raises DataError for media other than images."""
         texts, images = [], []
         for sample in samples:
-            other = [item.modality for item in sample.media if item.modality != "image"]
-            if other:
-                raise DataError(
-                    f"{sample.id}: expected images only, found {other[0]}; a LLaVA export takes no other media"
-                )
-            images += [Image.open(io.BytesIO(item.data)).convert("RGB") for item in sample.media]
+            try:
+                images += self._images(sample)
+            except BadSampleError as error:
+                raise _unreadable(sample, error) from error
             messages = [{"role": turn.role, "content": turn.text} for turn in sample.turns]
             texts.append(self._processor.apply_chat_template(messages, add_generation_prompt=True))
         inputs = self._processor(
@@ -119,6 +114,18 @@ class ProcessorPrompts:
     def decode(self, ids: Sequence[int]) -> str:
         """See `Prompts.decode`."""
         return self._processor.tokenizer.decode(ids)
+
+    def _images(self, sample: Sample) -> list[Image.Image]:
+        """The pictures of a sample, upright and in RGB as in training."""
+        other = [item.modality for item in sample.media if item.modality != "image"]
+        if other:
+            raise BadSampleError("modality", f"a LLaVA export takes images only, the sample has {other[0]}")
+        tags = sum(turn.text.count(self._processor.image_token) for turn in sample.turns)
+        if tags != len(sample.media):
+            raise BadSampleError(
+                "media_count", f"{tags} {self._processor.image_token} tags for {len(sample.media)} images"
+            )
+        return [open_image(item.data, MAX_PIXELS) for item in sample.media]
 
 
 class Generator:
@@ -166,6 +173,12 @@ class Generator:
             length = next((i for i, token in enumerate(ids) if token in stops), len(ids))
             answers.append(Answer(self._prompts.decode(ids[:length]), tuple(ids[:length])))
         return answers
+
+
+def _unreadable(sample: Sample, error: BadSampleError) -> DataError:
+    return DataError(
+        f"{sample.id}: expected a conversation that the model can read, found {error}; correct it or leave it out"
+    )
 
 
 def _pad_left(rows: Sequence[Any], pad_id: int) -> dict[str, torch.Tensor]:

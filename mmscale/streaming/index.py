@@ -105,10 +105,12 @@ def build_index(tar: Path) -> ShardIndex:
     """The index of a shard, from its headers and the headers of its media.
 
     Raises:
-        DataError: the shard cannot be trusted as a whole: not a tar, cut off, damaged, or it holds a kind of file that
-            runs code when loaded. The caller puts it aside by name.
+        DataError: the shard cannot be trusted as a whole: not a tar, without any file, cut off, damaged, or it holds a
+            kind of file that runs code when loaded. The caller puts it aside by name.
     """
     scan = scan_tar(tar)
+    if not scan.members:
+        raise DataError(f"{tar}: expected the files of samples, found a tar without any; write it again, or remove it")
     samples, skipped = _group(scan.members)
     exts: dict[str, int] = {}
     rows: list[tuple[int, ...]] = []

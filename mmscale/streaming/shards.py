@@ -37,9 +37,11 @@ MAX_OPEN_SHARDS = 128
 class Shard:
     """Samples of one indexed tar by number. Opens the file, and in another process the index, at the first read."""
 
-    def __init__(self, path: Path, index: ShardIndex) -> None:
+    def __init__(self, path: Path, index: ShardIndex, sha256: str = "") -> None:
+        """`sha256`: hex digest of the tar as its manifest has it; empty where there is no manifest yet."""
         self._fd: int | None = None
         self.path = path
+        self.sha256 = sha256
         self._index: ShardIndex | None = index
         self._num_samples = len(index)
 
@@ -264,7 +266,7 @@ def _check_shards(folder: Path, manifest: Manifest) -> tuple[list[Shard], dict[s
             quarantined[entry.name] = str(e)
             skipped["quarantined"] += entry.samples
         else:
-            shards.append(Shard(folder / entry.name, index))
+            shards.append(Shard(folder / entry.name, index, entry.sha256))
             skipped.update(index.skipped)
     listed = {entry.name for entry in manifest.shards}
     for path in sorted(folder.glob("*.tar")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from mmscale.config.schema import Config
+from mmscale.errors import DivergedError
 from mmscale.logging import get_logger
 from mmscale.parallel.comm import broadcast_object, gather_objects, sum_floats, sum_ints
 from mmscale.parallel.engines.base import StepResult
@@ -27,6 +29,9 @@ from mmscale.types import MODALITIES, PackedBatch, Skip
 log = get_logger(__name__)
 
 KINDS = ("text", *MODALITIES)
+
+MAX_BAD_STEPS = 3
+"""Steps in a row without a finite loss and gradient after which a run stops; none of them is ever saved."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +71,7 @@ class Clock:
 
 def _steps(run: Run, reporter: Reporter, stop: StopFlag) -> None:
     """All optimizer steps that are left."""
-    config, saved = run.config, run.first_step - 1
+    config, saved, num_bad = run.config, run.first_step - 1, 0
     state = run.state
     batches = run.stream.steps(state)
     try:
@@ -78,10 +83,16 @@ def _steps(run: Run, reporter: Reporter, stop: StopFlag) -> None:
             if totals.stops:
                 _stop(run, reporter, state, step - 1, saved)
                 return
-            state = _step(run, reporter, state, batch, totals, clock)
+            state, is_finite = _step(run, reporter, state, batch, totals, clock)
+            num_bad = 0 if is_finite else num_bad + 1
+            if num_bad == MAX_BAD_STEPS or (num_bad and step == config.train.steps):
+                raise DivergedError(
+                    f"step {step}: expected a finite loss and gradient, found {num_bad} steps without; the newest checkpoint is of "
+                    f"step {saved}: lower train.lr or set train.clip, and look at the samples of these steps in ledger.jsonl"
+                )
             if config.eval.every and (step % config.eval.every == 0 or step == config.train.steps):
                 validate(run, reporter, step)
-            if step % config.train.save_every == 0 or step == config.train.steps:
+            if not num_bad and (step % config.train.save_every == 0 or step == config.train.steps):
                 save(run, reporter, state, step)
                 saved = step
     finally:
@@ -91,8 +102,8 @@ def _steps(run: Run, reporter: Reporter, stop: StopFlag) -> None:
 
 def _step(
     run: Run, reporter: Reporter, before: StreamState, batch: StepBatch, totals: StepTotals, clock: Clock
-) -> StreamState:
-    """One optimizer step and its report; gives the data state after it."""
+) -> tuple[StreamState, bool]:
+    """One optimizer step and its report; gives the data state after it, and whether loss and gradient were finite."""
     step = clock.step
     # by counter, not by state: whatever is random in the model depends on seed, step and rank alone
     torch.manual_seed((run.config.train.seed << 32) + (step << 12) + run.mesh.rank)
@@ -108,7 +119,7 @@ def _step(
     reporter.step(metrics, batch.ids, [dataclasses.asdict(skip) for skip in skips])
     if result.skipped:
         log.warning("step %d: no update: loss %s, gradient norm %s", step, loss, result.grad_norm)
-    return state
+    return state, math.isfinite(loss) and math.isfinite(result.grad_norm)
 
 
 def _learning_rates(run: Run, step: int) -> list[float]:

@@ -95,7 +95,10 @@ def mark_done(run: Run) -> None:
     """Writes DONE, last of all: it wins over every request to go on."""
     if run.mesh.is_main:
         temporary = run.folder / f".{DONE}.tmp"
-        temporary.write_text(json.dumps({"step": run.config.train.steps}) + "\n")
+        with temporary.open("w") as file:
+            file.write(json.dumps({"step": run.config.train.steps}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, run.folder / DONE)
     log.info("done: %d steps; next: mmscale consolidate %s OUT", run.config.train.steps, run.folder)
 
@@ -104,7 +107,11 @@ def _is_done(config: Config) -> bool:
     marker = Path(config.run.dir) / DONE
     if not marker.exists():
         return False
-    step = json.loads(marker.read_text())["step"]
+    try:
+        step = int(json.loads(marker.read_text())["step"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("%s cannot be read (%s); the checkpoints say where the run stands", marker, error)
+        return False
     if step < config.train.steps:
         log.info("%s says %d steps; train.steps=%d, so the run goes on", marker, step, config.train.steps)
         return False

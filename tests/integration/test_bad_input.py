@@ -147,7 +147,7 @@ def test_on_error_raise_names_the_sample(mixed, tmp_path):
     from mmscale.errors import DataError
 
     path, words = one_source(mixed, tmp_path / "run", "train.steps=5", "data.on_error=raise")
-    with pytest.raises(DataError, match=r"half_jpeg at offset \d+: .*decode_image"):
+    with pytest.raises(DataError, match=r"more_tags at offset \d+: .*media_count"):
         train_here(path, words)
 
 
@@ -182,6 +182,12 @@ def test_a_shard_changed_after_indexing_is_put_aside_by_name(mixed, tmp_path, ca
         ("data.seq_len=20", 2, "data.seq_len"),
         ("parallel.ulysses=2", 2, "parallel.ulysses"),
         ("model.audio.window_s=3", 2, "window_s"),
+        ("model.llm.config.num_attention_heads=3", 2, "model.llm.config"),
+        ("model.llm.config.num_attention_heads=0", 2, "model.llm.config"),
+        ("model.llm.config.num_key_value_heads=3", 2, "num_key_value_heads=3"),
+        ("model.llm.config.hidden_size=abc", 2, "model.llm.config"),
+        ("eval.sources.digits.path=nope", 2, "nope"),
+        ("data.template=vicuna_v1", 2, "</s>"),
     ],
 )
 def test_bad_configs_are_refused_in_one_line(demo_data, tmp_path, word, code, text):
@@ -234,3 +240,28 @@ def test_check_prints_layout_sources_and_parts(demo_data, tmp_path):
     ):
         assert text in result.output
     assert not (tmp_path / "run").exists()
+
+
+def test_a_diverged_run_stops_and_saves_nothing_that_is_not_finite(mixed, tmp_path):
+    from mmscale.errors import DivergedError
+
+    path, words = one_source(
+        mixed, tmp_path / "run", "train.steps=40", "train.save_every=1", "train.clip=0", "data.max_bad=1.0"
+    )
+    with pytest.raises(DivergedError, match=r"3 steps without.*newest checkpoint is of step"):
+        train_here(path, [*words, "train.lr=1e30", "train.optimizer=sgd"])
+    from mmscale.train.checkpoint import newest_checkpoint
+
+    steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    bad = [r["step"] for r in steps if "event" not in r and (r["loss"] is None or r["grad_norm"] is None)]
+    assert len(bad) >= 3
+    assert newest_checkpoint(tmp_path / "run/checkpoints").step < min(bad)
+    assert not (tmp_path / "run/DONE").exists()
+
+
+def test_a_damaged_done_marker_is_told_and_ignored(mixed, tmp_path):
+    path, words = one_source(mixed, tmp_path / "run", "train.steps=2", "data.max_bad=1.0")
+    train_here(path, words)
+    (tmp_path / "run/DONE").write_text("")
+    train_here(path, words)
+    assert json.loads((tmp_path / "run/DONE").read_text()) == {"step": 2}

@@ -143,6 +143,35 @@ def test_generate_command(exports, demo_data, tmp_path):
     assert "--audio" in wrong.stderr
 
 
+def test_rows_that_cannot_be_read_are_named_and_left_out(exports, demo_data, tmp_path):
+    import shutil
+
+    from mmscale import load
+    from mmscale.data_tools.writer import ShardWriter
+    from mmscale.eval.exact_match import ask, score_table
+    from mmscale.streaming.shards import ShardSet
+
+    good = ShardSet.open(demo_data / "heldout/digits", "digits")
+    members = dict(good.members(0))
+    with ShardWriter(tmp_path / "odd") as writer:
+        writer.write("digits_0", members)
+        writer.write(
+            "digits_1", {**members, "png": members["png"][:80]} if "png" in members else {**members, "0.png": b"x"}
+        )
+        writer.write("digits_2", {**members, "json": b"\xff"})
+        writer.write("digits_3", members)
+    for export in exports:
+        rows = [
+            row
+            for part in ask(load(export.folder), [ShardSet.open(tmp_path / "odd", "odd")], ["image"], 4, 3)
+            for row in part
+        ]
+        assert sorted(r["id"][-1] for r in rows) == ["0", "1", "2", "3"]
+        assert sorted(r["id"][-1] for r in rows if "skipped" in r) == ["1", "2"]
+        assert score_table(rows)["digits"][1] == 2
+    shutil.rmtree(tmp_path / "odd")
+
+
 def test_bf16_export_is_rounded_once(trained, tmp_path):
     from mmscale.train.checkpoint import newest_checkpoint
     from mmscale.train.consolidate import consolidate

@@ -62,6 +62,12 @@ def test_scientific_notation_is_a_float_and_yaml_1_1_words_stay_text(write):
         (BASE.replace("dir: out", "dir: !!python/object:os.system {}"), r"c\.yaml:13: this is not plain YAML"),
         (BASE.replace("  steps: 10", "  steps: [10"), r"c\.yaml:\d+: this is not plain YAML"),
         ("- 1\n- 2\n", r"expected sections"),
+        ("a: \a\n", r"not plain YAML"),
+        ("train: {steps: !!int abc}\n", r"not plain YAML"),
+        ("train: {deterministic: !!bool maybe}\n", r"not plain YAML"),
+        ("a: &x [*x]\n", r"aliases are not read"),
+        ("[" * 3000, r"not plain YAML"),
+        (BASE.replace("lr: 1e-4", "lr: .inf"), r"train\.lr: .*finite"),
         (BASE.replace("config: {model_type: llama, hidden_size: 32}", ""), r"exactly one of `path` and `config`"),
         (BASE.replace("seq_len: 64", "seq_len: -1"), r"data\.seq_len: .*greater than 0.*-1"),
     ],
@@ -122,6 +128,8 @@ def test_saved_config_reruns_from_another_folder(write, tmp_path, monkeypatch):
         (("train.parts.vision={tune: full}",), 1, "no model.vision"),
         (("model.vision.config={model_type: siglip_vision_model}",), 1, "train.parts.vision is missing"),
         (("eval.every=5",), 1, "eval.sources is empty"),
+        (("data.sources.b.path=./a",), 1, "also the path of data.sources.a"),
+        (("data.sources.b.path=b", "data.sources.b.weight=2"), 1, "weight on every source or on none"),
     ],
 )
 def test_cross_checks(write, words, world, expected):

@@ -152,6 +152,33 @@ def test_no_path_leads_outside_the_media_folder(tmp_path: Path, media: Path, nam
     assert report.skipped == {"media_path": 1}
 
 
+def test_no_link_leads_outside_the_media_folder(tmp_path: Path, media: Path) -> None:
+    (media / "out.png").symlink_to(tmp_path / "outside.png")
+    (media / "away").symlink_to(tmp_path)
+    (media / "in.png").symlink_to("coco/0.png")
+    (tmp_path / "alias").symlink_to(media)
+    names = ("out.png", "away/outside.png", "in.png")
+    rows = rows_file(tmp_path, [{"image": name, "conversations": turns("q")} for name in names])
+    report = build_llava(rows, tmp_path / "alias", tmp_path / "out", OPTIONS)
+    assert (report.samples, report.skipped) == (1, {"media_path": 2})
+
+
+def test_a_refused_build_leaves_nothing(tmp_path: Path, media: Path) -> None:
+    cut = tmp_path / "cut.json"
+    cut.write_text("[{")
+    with pytest.raises(RefusedInputError, match="line 1"):
+        build_llava(cut, media, tmp_path / "new" / "out", OPTIONS)
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "kept").mkdir()
+    with pytest.raises(RefusedInputError, match="line 1"):
+        build_llava(cut, media, tmp_path / "kept", OPTIONS)
+    assert tree(tmp_path / "kept") == {}
+    rows = rows_file(tmp_path, [*GOOD[:4], BAD["roles"]])
+    with pytest.raises(DataError, match="roles"):
+        build_llava(rows, media, tmp_path / "part", BuildOptions(max_samples=3, strict=True))
+    assert list(tree(tmp_path / "part")) == ["000000.idx", "000000.tar"]  # whole shards stay, to be continued
+
+
 @pytest.mark.parametrize("bad", BAD)
 def test_strict_stops_at_the_first_bad_row(tmp_path: Path, media: Path, bad: str) -> None:
     with pytest.raises(DataError, match=rf"file rows.json, row 1, line \d+: {bad}"):
@@ -219,6 +246,23 @@ def test_folder_of_captioned_images(tmp_path: Path) -> None:
         build_folder(tmp_path / "none", tmp_path / "out2", OPTIONS)
 
 
+def test_captions_are_found_in_any_case_and_odd_names_are_counted(tmp_path: Path) -> None:
+    source = tmp_path / "src"
+    image = picture(source / "A.PNG")
+    (source / "A.TXT").write_text("upper")
+    (source / "B.Caption").write_text("an orphan")
+    odd = os.fsencode(source) + b"/caf\xe9"
+    Path(os.fsdecode(odd + b".png")).write_bytes(image)
+    Path(os.fsdecode(odd + b".txt")).write_text("a caption")
+    Path(os.fsdecode(odd + b"2.txt")).write_text("an orphan")
+    report = build_folder(source, tmp_path / "out", OPTIONS)
+    assert (report.samples, report.skipped) == (1, {"missing_media": 2, "name_not_utf8": 1})
+    sample = ShardSet.open(tmp_path / "out", "src").read(0)
+    assert (sample.turns[1].text, sample.media[0].data) == ("upper", image)
+    listed = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text("utf-8").splitlines()]
+    assert {line["file"] for line in listed} == {"B.Caption", "caf\\udce9.png", "caf\\udce92.txt"}
+
+
 @pytest.mark.parametrize(
     ("name", "content", "found"),
     [
@@ -233,9 +277,6 @@ def test_folder_of_captioned_images(tmp_path: Path) -> None:
         ("a.json", b'[{"a": 1}]\nx', "line 2: .*more text"),
         ("a.json", b'[\n{"a": "caf\xe9"}]', "line [12]: .*UTF-8"),
         ("a.json", b"[" + b"[" * 100_000, "nested"),
-        ("a.jsonl", b'{"a": 1}\n{"a": \n', "line 2: .*Expecting value"),
-        ("a.jsonl", b'{"a": 1}\n\n{"a": "\xff"}\n', "line 3: .*UTF-8"),
-        ("a.jsonl", b'{"a": 1} {"a": 2}\n', "line 1: .*more than one"),
         ("a.csv", b"", "ends in .json"),
     ],
 )
@@ -243,6 +284,42 @@ def test_files_that_are_no_rows(tmp_path: Path, name: str, content: bytes, found
     (tmp_path / name).write_bytes(content)
     with pytest.raises(RefusedInputError, match=found):
         list(iter_rows(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"a": ', "json_syntax"),
+        (b"{} {}", "json_syntax"),
+        (b'{"a": "\xff"}', "json_utf8"),
+        (b"[" * 100_000, "json_syntax"),
+        (b'"' + b"x" * 900 + b'"', "json_size"),
+    ],
+)
+def test_a_broken_line_is_one_skip(
+    tmp_path: Path, media: Path, line: bytes, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if reason == "json_size":
+        monkeypatch.setattr(json_rows, "MAX_BYTES", 300)
+    good = json.dumps({"conversations": turns("q")}).encode()
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\n".join([good, b"", line, good]))
+    report = build_llava(path, media, tmp_path / "out", OPTIONS)
+    assert (report.samples, report.skipped) == (2, {reason: 1})
+    listed = json.loads((tmp_path / "out" / "skipped.jsonl").read_text())
+    assert [listed[name] for name in ("file", "row", "line", "reason")] == ["rows.jsonl", 1, 3, reason]
+    with pytest.raises(DataError, match=f"file rows.jsonl, row 1, line 3: {reason}"):
+        build_llava(path, media, tmp_path / "strict", BuildOptions(strict=True))
+
+
+@pytest.mark.parametrize("chunk", [1, 1 << 20])
+@pytest.mark.parametrize(("name", "text"), [("a.json", '[{"a": 1}]'), ("a.jsonl", '{"a": 1}\n')])
+def test_a_byte_order_mark_is_passed_over(
+    tmp_path: Path, name: str, text: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_rows, "CHUNK_BYTES", chunk)
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    assert [(row.value, row.fault, row.line) for row in iter_rows(tmp_path / name)] == [({"a": 1}, None, 1)]
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 1 << 20])
@@ -394,13 +471,18 @@ def test_index_puts_bad_shards_aside_and_goes_on(
     foreign_tar(folder / "00002.tar", {"a.txt": b"x", "a.pyd": pickle.dumps(Evil())})
     foreign_tar(folder / "00003.tar", {"a.txt": b"x", "a.pth": pickle.dumps(Evil())})
     (folder / "00004.tar").touch()
+    foreign_tar(folder / "00005.tar", {})
     assert run(monkeypatch, "index", folder) == 0
     assert "shards put aside" in capsys.readouterr().out
     data = ShardSet.open(folder, "s")
-    assert list(data.quarantined) == ["00002.tar", "00003.tar", "00004.tar"]
+    assert list(data.quarantined) == ["00002.tar", "00003.tar", "00004.tar", "00005.tar"]
     assert len(data) == 4 and data.indexed == 5
     assert run(monkeypatch, "verify", folder) == 1
     assert not marker.exists()
+    (tmp_path / "none").mkdir()
+    foreign_tar(tmp_path / "none" / "0.tar", {})
+    with pytest.raises(RefusedInputError, match=r"no usable shard: .*without any"):
+        index_folder(tmp_path / "none")
 
 
 def test_preview_shows_pictures_sound_and_faults(tmp_path: Path, media: Path) -> None:
@@ -454,7 +536,8 @@ def test_errors_are_one_line_with_the_exit_code(
         (2, "nowhere", ["build", "--from", "llava", rows, "--media", tmp_path / "nowhere", "--out", out]),
         (2, "line 1", ["build", "--from", "llava", tmp_path / "cut.json", "--media", media, "--out", out]),
         (1, "row 0", ["build", "--from", "llava", bad, "--media", media, "--out", out, "--strict"]),
-        (1, "file", ["build", "--from", "llava", rows, "--media", media, "--out", tmp_path / "file" / "x"]),
+        (2, "found a file", ["build", "--from", "llava", rows, "--media", media, "--out", tmp_path / "file"]),
+        (2, "found a file", ["build", "--from", "llava", rows, "--media", media, "--out", tmp_path / "file" / "x"]),
         (2, "nowhere", ["index", tmp_path / "nowhere"]),
         (2, "no .tar", ["index", media]),
         (2, "manifest.json", ["verify", media]),

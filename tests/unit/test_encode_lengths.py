@@ -184,6 +184,20 @@ def test_lengths_are_stored_for_this_encoder_only(tmp_path, encoder, monkeypatch
         sample_lengths(shards, encoder)
 
 
+def test_lengths_are_computed_again_for_other_text_of_equal_size(tmp_path, encoder):
+    found = []
+    for text in ("12345678", "\u00e4\u00e4\u00e4\u00e4", "a\\nb\\nc"):  # 8 bytes each, as JSON too
+        for old in (*tmp_path.glob("*.tar"), *tmp_path.glob("*.idx"), *tmp_path.glob("manifest.json")):
+            old.unlink()
+        content = b'{"conversations": [{"from": "user", "value": "%s"}, {"from": "gpt", "value": "x"}]}'
+        shards = write(tmp_path, {"k": {"json": content % text.encode()[:8].ljust(8)}})
+        lengths = sample_lengths(shards, encoder)
+        assert lengths.tokens[0] == len(encoder.encode(shards.read(0)))
+        found.append((shards.shards[0].index.headers, int(lengths.tokens[0])))
+    assert len({headers for headers, _ in found}) == 1 and len({tokens for _, tokens in found}) > 1
+    assert len(list(tmp_path.glob("*.lengths.*.npz"))) == 3
+
+
 def test_a_folder_that_cannot_be_written_is_no_obstacle(tmp_path, encoder, monkeypatch):
     shards = write(tmp_path, GOOD)
 

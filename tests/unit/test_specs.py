@@ -151,3 +151,10 @@ def test_strides_and_rows():
     ] == [*(1, 1, 2, 3)]
     assert grid_rows(5, 4, 2) == 6
     assert grid_rows(1, 1, 3) == 1
+
+
+def test_wav2vec2_that_would_explode_on_silence_is_refused(tiny_config):
+    keys = {"config": {"model_type": "wav2vec2", "feat_extract_norm": "layer"}, "features": "waveform", "window_s": 1.0}
+    config = tiny_config(vision=None, audio_keys=keys)
+    with pytest.raises(ConfigError, match="conv_bias=true"):
+        media_specs(config.model, config.data.image)

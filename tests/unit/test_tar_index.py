@@ -374,8 +374,10 @@ def test_index_round_trip_and_damage(tmp_path: Path) -> None:
         read_index(sidecar)
 
 
-def test_an_empty_tar_has_no_samples(tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "a.tar", [])
+def test_a_tar_without_files_is_refused_and_one_without_usable_files_has_no_samples(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="a tar without any"):
+        build_index(write_tar(tmp_path / "empty.tar", []))
+    path = write_tar(tmp_path / "a.tar", [("../a.txt", b"x")])
     index = build_index(path)
     write_index(index, index_path(path))
     assert len(read_index(index_path(path))) == 0 and index.keys == []

@@ -141,7 +141,8 @@ def test_whisper_features_equal_hidden_states(layer, tiny_config, tmp_path, seed
 @pytest.mark.parametrize("stable", [False, True])
 @pytest.mark.parametrize("layer", [None, 1, -1])
 def test_wav2vec2_features_equal_hidden_states(stable, layer, tiny_config, tmp_path, seed):
-    values = {**WAV2VEC2, "do_stable_layer_norm": stable, "feat_extract_norm": "layer" if stable else "group"}
+    norms = {"feat_extract_norm": "layer", "conv_bias": True} if stable else {"feat_extract_norm": "group"}
+    values = {**WAV2VEC2, "do_stable_layer_norm": stable, **norms}
     full = save_full("wav2vec2", {k: v for k, v in values.items() if k != "model_type"}, tmp_path, seed)
     keys = {"config": None, "path": str(tmp_path), "features": "waveform", "window_s": 0.02, "select_layer": layer}
     encoder = build_audio(description_of(tiny_config(vision=None, audio_keys=keys)), str(tmp_path)).train()

@@ -35,15 +35,19 @@ def decode_image(data: bytes, spec: ImageSpec, max_pixels: int) -> torch.Tensor:
         BadSampleError: `decode_image`, another format, damaged or cut off; `image_size`, refused by the header before any
             pixel is decoded.
     """
+    pixels = np.array(_to_square(open_image(data, max_pixels), spec))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def open_image(data: bytes, max_pixels: int) -> Image.Image:
+    """The upright RGB picture of a file, in its own size; raises and converts like `decode_image`."""
     try:
         with Image.open(BytesIO(data), formats=IMAGE_FORMATS) as image:
             check_image_size(*image.size, max_pixels)
             image.load()
-            upright = ImageOps.exif_transpose(image)
-            pixels = np.array(_to_square(_to_rgb(upright), spec))
+            return _to_rgb(ImageOps.exif_transpose(image))
     except _FAULTS as error:
         raise BadSampleError("decode_image", f"{len(data)} bytes: {type(error).__name__}: {error}") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def check_image_size(width: int, height: int, max_pixels: int) -> None:
