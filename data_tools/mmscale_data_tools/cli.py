@@ -49,7 +49,7 @@ def build(
 ) -> None:
     """Write shards with index and manifest. Stopped half-way, the same command continues."""
     from mmscale.data_tools.build import SKIPPED_NAME, BuildOptions, build_folder, build_llava
-    from mmscale.errors import ConfigError
+    from mmscale.errors import ConfigError, RefusedInputError
 
     options = BuildOptions(shard_mb * 2**20, shard_samples, strict)
     with _progress("rows") as update:
@@ -64,6 +64,10 @@ def build(
         typer.echo(f"{report.dropped_turns} leading turns that are not the user's will be dropped on reading")
     if report.skipped:
         _table(f"skipped (listed in {out / SKIPPED_NAME})", ("reason", "rows"), _counts(report.skipped))
+    if not report.samples:
+        raise RefusedInputError(
+            f"{source}: expected at least one usable row, found none of {report.rows}; see the table above"
+        )
 
 
 @app.command()
