@@ -17,6 +17,9 @@ Modality = Literal["image", "video", "audio"]
 MODALITIES: tuple[Modality, ...] = get_args(Modality)
 """The one order in which media features of a pack are concatenated."""
 
+MEDIA_TOKENS: dict[Modality, str] = {modality: f"<{modality}>" for modality in MODALITIES}
+"""The placeholder of each modality, in texts and in the vocabulary."""
+
 Role = Literal["system", "user", "assistant"]
 
 IGNORE = -100

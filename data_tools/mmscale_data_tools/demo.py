@@ -20,8 +20,8 @@ from mmscale.errors import MissingExtraError
 from mmscale.streaming.chat import load_template, to_jinja
 from mmscale.streaming.media import modality_of
 from mmscale.streaming.rows import encode_row
-from mmscale.streaming.tokenizer import MEDIA_TOKENS, TextTokenizer
-from mmscale.types import Modality, Turn
+from mmscale.streaming.tokenizer import TextTokenizer
+from mmscale.types import MEDIA_TOKENS, Modality, Turn
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 
 from mmscale.errors import BadSampleError, RefusedInputError
 from mmscale.streaming.media import IMAGE_FORMATS, probe
-from mmscale.streaming.rows import PLACEHOLDER
 from mmscale.streaming.shards import ShardSet
-from mmscale.types import MediaBytes, Sample
+from mmscale.types import MEDIA_TOKENS, MediaBytes, Sample
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -95,7 +94,7 @@ def _text_tokens(sample: Sample, tokenizer: TextTokenizer) -> int:
     """Tokens of the turns' texts, without chat template and media placeholders."""
     texts = [turn.text for turn in sample.turns]
     for modality in {item.modality for item in sample.media}:
-        texts = [text.replace(PLACEHOLDER[modality], "") for text in texts]
+        texts = [text.replace(MEDIA_TOKENS[modality], "") for text in texts]
     return sum(map(len, tokenizer.encode_batch(texts)))
 
 

@@ -22,8 +22,8 @@ import numpy as np
 from mmscale.config.load import read_yaml
 from mmscale.errors import BadSampleError, ConfigError
 from mmscale.registry import nearest
-from mmscale.streaming.tokenizer import MEDIA_TOKENS, Place, TextTokenizer
-from mmscale.types import MODALITIES, Modality, Turn
+from mmscale.streaming.tokenizer import Place, TextTokenizer
+from mmscale.types import MEDIA_TOKENS, MODALITIES, Modality, Turn
 
 _FOLDER = Path(__file__).parents[1] / "configs" / "chat"
 _TAG = re.compile(r"<(" + "|".join(MODALITIES) + r")>")

@@ -13,9 +13,7 @@ from typing import Any
 from mmscale.errors import BadSampleError
 from mmscale.streaming.media import member_order, modality_of
 from mmscale.streaming.strict_json import JsonFault, parse_json
-from mmscale.types import MODALITIES, MediaBytes, Modality, Role, Sample, Turn
-
-PLACEHOLDER: dict[Modality, str] = {modality: f"<{modality}>" for modality in MODALITIES}
+from mmscale.types import MEDIA_TOKENS, MODALITIES, MediaBytes, Modality, Role, Sample, Turn
 
 _ROLE: dict[str, Role] = {
     "system": "system",
@@ -104,12 +102,14 @@ def place_media(turns: tuple[Turn, ...], media: Sequence[Modality]) -> tuple[Tur
         count = media.count(modality)
         if not count:
             continue
-        tags = sum(turn.text.count(PLACEHOLDER[modality]) for turn in turns if turn.role == "user")
+        tags = sum(turn.text.count(MEDIA_TOKENS[modality]) for turn in turns if turn.role == "user")
         if not tags:
             untagged.append(modality)
         elif tags != count:
-            raise BadSampleError("media_count", f"{tags} {PLACEHOLDER[modality]} tag(s) for {count} {modality} file(s)")
-    front = "".join(f"{PLACEHOLDER[modality]}\n" for modality in media if modality in untagged)
+            raise BadSampleError(
+                "media_count", f"{tags} {MEDIA_TOKENS[modality]} tag(s) for {count} {modality} file(s)"
+            )
+    front = "".join(f"{MEDIA_TOKENS[modality]}\n" for modality in media if modality in untagged)
     if not front:
         return turns
     first = next(i for i, turn in enumerate(turns) if turn.role == "user")

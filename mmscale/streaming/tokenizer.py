@@ -16,13 +16,10 @@ from tokenizers import AddedToken, Tokenizer
 
 from mmscale.errors import BadSampleError, ConfigError
 from mmscale.registry import nearest
-from mmscale.types import MODALITIES, Modality
+from mmscale.types import MEDIA_TOKENS, Modality
 
 Place = Literal["start", "after_special", "inside"]
 """Where a run of text stands in the whole text: some tokenizers put a space in front of a text's first word."""
-
-MEDIA_TOKENS: dict[Modality, str] = {modality: f"<{modality}>" for modality in MODALITIES}
-"""The placeholder of each modality, in texts and in the vocabulary."""
 
 
 class TextTokenizer:
