@@ -155,4 +155,4 @@ def _report(root: Path, run_dir: Path, data: Path, answers: Sequence[dict[str, A
                     **{k: row[k] for k in ("answer", "truth")},
                 }
             )
-    draw_report(run_dir / "metrics.jsonl", pictures, scores, root / "report.png")
+    draw_report(run_dir, pictures, scores, root / "report.png")

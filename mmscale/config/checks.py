@@ -27,7 +27,7 @@ def check_config(config: Config, world_size: int) -> None:
     check_parallel(config.parallel)
     _check_batch(config, dp_size)
     _check_parts(config)
-    _check_schedule(config)
+    _check_validation(config)
     _check_sources("data.sources", config.data.sources)
     _check_sources("eval.sources", config.eval.sources)
 
@@ -97,11 +97,7 @@ def _check_sources(key: str, sources: Mapping[str, SourceConfig]) -> None:
         )
 
 
-def _check_schedule(config: Config) -> None:
-    if config.train.warmup_steps >= config.train.steps:
-        raise ConfigError(
-            f"train.warmup_steps={config.train.warmup_steps} must be below train.steps={config.train.steps}; lower it"
-        )
+def _check_validation(config: Config) -> None:
     if config.eval.every and not config.eval.sources:
         raise ConfigError(
             f"eval.every={config.eval.every} but eval.sources is empty; name a source or set eval.every=0"

@@ -11,31 +11,26 @@ from typing import Any
 from mmscale.errors import MissingExtraError
 
 
-def read_metrics(path: Path) -> tuple[dict[int, float], dict[int, float], list[int]]:
+def read_metrics(run: Path) -> tuple[dict[int, float], dict[int, float], list[int]]:
     """Training loss and validation loss by step, and the steps after which the run was resumed.
 
     Of a step that was done twice the last line counts.
     """
-    train: dict[int, float] = {}
-    validation: dict[int, float] = {}
-    resumes: list[int] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        event = row.get("event")
-        if event is None:
-            train[row["step"]] = row["loss"]
-        elif event == "validation":
-            validation[row["step"]] = row["val_loss"]
-        elif event == "resume":
-            resumes.append(row["step"])
-    return train, validation, resumes
+    train = {row["step"]: row["loss"] for row in _rows(run / "metrics.jsonl")}
+    events = _rows(run / "events.jsonl")
+    validation = {row["step"]: row["val_loss"] for row in events if row["event"] == "validation"}
+    return train, validation, [row["step"] for row in events if row["event"] == "resume"]
 
 
-def draw_report(metrics: Path, answers: Sequence[Mapping[str, Any]], scores: Mapping[str, str], out: Path) -> None:
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def draw_report(run: Path, answers: Sequence[Mapping[str, Any]], scores: Mapping[str, str], out: Path) -> None:
     """Writes the report as a PNG.
 
     Args:
-        metrics: `metrics.jsonl` of the run.
+        run: the run directory.
         answers: up to 24 rows with `image` (encoded bytes), `question`, `answer`, `truth`.
         scores: task -> score text, shown beside the curves.
         out: the PNG to write.
@@ -56,7 +51,7 @@ def draw_report(metrics: Path, answers: Sequence[Mapping[str, Any]], scores: Map
     halves: Any = figure.subfigures(2, 1, height_ratios=[1, 1.6])
     top, bottom = halves
     axes = top.subplots(1, 2, width_ratios=[3, 1])
-    _draw_curves(axes[0], *read_metrics(metrics))
+    _draw_curves(axes[0], *read_metrics(run))
     _draw_scores(axes[1], scores)
     cells = bottom.subplots(4, 6).ravel()
     for cell in cells:

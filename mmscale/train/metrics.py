@@ -1,4 +1,5 @@
-"""What a run tells: one line per step in `metrics.jsonl` and `ledger.jsonl`, TensorBoard, a progress bar or step lines."""
+"""What a run tells: one line per step in `metrics.jsonl` and `ledger.jsonl`, what happens between steps in `events.jsonl`,
+TensorBoard, a progress bar or step lines."""
 
 from __future__ import annotations
 
@@ -78,16 +79,6 @@ class JsonLines:
         self._file.close()
 
 
-def read_last_lines(path: Path, key: str = "step") -> dict[int, dict[str, Any]]:
-    """The rows of a JSON-lines file by their step: after a resume, the last line of a step counts."""
-    rows = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        if key in row and row.get("event") is None:
-            rows[row[key]] = row
-    return rows
-
-
 class Reporter:
     """Writes and shows a run's metrics; on other ranks than 0 every call does nothing."""
 
@@ -97,7 +88,7 @@ class Reporter:
             return
         folder = Path(config.run.dir)
         self._metrics, self._ledger = JsonLines(folder / "metrics.jsonl"), JsonLines(folder / "ledger.jsonl")
-        self._skips = JsonLines(folder / "skipped.jsonl")
+        self._skips, self._events = JsonLines(folder / "skipped.jsonl"), JsonLines(folder / "events.jsonl")
         self._tensorboard = _tensorboard(folder, first_step) if config.run.tensorboard else None
         self._total, self._log_every = config.train.steps, config.run.log_every
         self._started, self._first = time.monotonic(), first_step
@@ -115,7 +106,7 @@ class Reporter:
             return
         if self._progress is not None:
             self._progress.stop()
-        for sink in (self._metrics, self._ledger, self._skips, self._tensorboard):
+        for sink in (self._metrics, self._ledger, self._skips, self._events, self._tensorboard):
             if sink is not None:
                 sink.close()
 
@@ -136,7 +127,7 @@ class Reporter:
         """Records a validation loss: mean over `targets` tokens."""
         if not self._active:
             return
-        self._metrics.write({"event": "validation", "step": step, "val_loss": loss, "val_targets": targets})
+        self.event("validation", step, val_loss=loss, val_targets=targets)
         if self._tensorboard is not None:
             self._tensorboard.add_scalar("validation/loss", loss, step)
         log.info("step %d: validation loss %.4f over %d target tokens", step, loss, targets)
@@ -144,7 +135,7 @@ class Reporter:
     def event(self, name: str, step: int, **details: Any) -> None:
         """Records something that happened between steps: `start`, `resume`, `save`, `stop`."""
         if self._active:
-            self._metrics.write({"event": name, "step": step, **details})
+            self._events.write({"event": name, "step": step, **details})
 
     def _show(self, m: StepMetrics) -> None:
         text = step_line(m)

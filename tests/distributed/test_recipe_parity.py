@@ -41,8 +41,7 @@ def results(run):
     """(losses, norms, ledger, weights) of a finished run."""
     from mmscale.train.checkpoint import open_checkpoint
 
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    steps = [row for row in metrics if "event" not in row]
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     ledger = [json.loads(line)["ids"] for line in (run / "ledger.jsonl").read_text().splitlines()]
     reader = open_checkpoint(max((run / "checkpoints").glob("step_*")))
     weights = {name: reader.read(name) for name in reader.names if name.startswith("model.")}

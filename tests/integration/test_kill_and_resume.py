@@ -53,8 +53,7 @@ def rows(run, name="metrics.jsonl"):
     for line in path.read_text().splitlines(keepends=True):
         if line.endswith("\n"):
             row = json.loads(line)
-            if "event" not in row:
-                found[row["step"]] = row
+            found[row["step"]] = row
     return found
 
 
@@ -127,6 +126,24 @@ def test_signals_save_and_exit_cleanly(straight, demo_data, tmp_path, number):
     assert max(rows(run)) == last, "no step may be lost by a clean stop"
     finish(start(words(demo_data, run, "data.workers=1", "train.save_every=1000")))
     assert history(run) == straight
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert [(e["event"], e["step"]) for e in events] == [
+        ("start", 0), ("save", last), ("stop", last), ("resume", last), ("save", STEPS),
+    ]  # fmt: skip
+    needed = {
+        "step",
+        "loss",
+        "loss_hex",
+        "grad_norm",
+        "lr",
+        "tokens",
+        "target_tokens",
+        "tokens_per_s",
+        "mfu",
+        "data_wait_frac",
+        "fill",
+    }
+    assert all(needed | {"skipped", "step_time_s"} <= row.keys() for row in rows(run).values())
 
 
 def test_done_wins_and_a_signal_at_once_is_not_lost(straight, demo_data, tmp_path):

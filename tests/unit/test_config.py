@@ -123,7 +123,6 @@ def test_saved_config_reruns_from_another_folder(write, tmp_path, monkeypatch):
         (("parallel.tensor=2",), 3, "must divide the 3 processes"),
         (("parallel.ulysses=2",), 2, "parallel.ulysses=2"),
         (("parallel.engine=fsdp",), 2, "engine"),
-        (("train.warmup_steps=10",), 1, "warmup_steps"),
         (("train.parts.llm.tune=frozen",), 1, "nothing would be trained"),
         (("train.parts.vision={tune: full}",), 1, "no model.vision"),
         (("model.vision.config={model_type: siglip_vision_model}",), 1, "train.parts.vision is missing"),
