@@ -166,6 +166,7 @@ def _metrics(
     took = time.perf_counter() - clock.started
     tokens = sum(totals.tokens.values())
     peak = run.config.run.peak_tflops
+    # an estimate: this rank's packs stand for those of the others, which cost about the same by plan
     flops = sum(run.flops.pack(pack) for pack in batch.packs) * run.mesh.dp_size
     return StepMetrics(
         step=clock.step,

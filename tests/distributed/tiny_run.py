@@ -18,7 +18,9 @@ from mmscale.train.optim import build_optimizer, param_groups
 
 NUM_DOCUMENTS = 16
 VOCAB, WIDTH, PIXELS = 37, 13, 5  # odd, so that no partition comes out even
-# AdamW turns the rounding noise of a gradient near zero (about 5e-9 here) into a step of noise * lr / eps: with these, 1e-6
+# AdamW turns the rounding noise of a gradient near zero into a step of noise * lr / eps. Measured in plain torch, the batch whole
+# against in 4 parts, no engine: with lr 1e-2 and eps 1e-6 one seed in 60 differed by more than 1e-5, seed 2005662625 by 8.5e-5 from
+# float64; with these 7e-7 at most, and 5e-6 at that seed. SGD is the case that shows a wrong gradient.
 LR = {"sgd": 0.3, "adamw": 2e-3}
 
 
