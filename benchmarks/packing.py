@@ -1,4 +1,4 @@
-"""How full the planned packs are, and what planning costs, on invented mixes of lengths."""
+"""How full the planned packs are, what planning costs, and how evenly the packs keep ranks busy, on invented mixes."""
 
 from __future__ import annotations
 
@@ -6,72 +6,43 @@ import gc
 import time
 from collections import deque
 from collections.abc import Iterator
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.data import lognormal
+from benchmarks.mixes import COST, Mix, interleaved_mix, photo_mix, plan_of, rules_for, video_mix
 from benchmarks.result import Result, Settings
-from mmscale.streaming.plan import Pack, Plan, PlanSource, PlanState
+from mmscale.config.cost import predict_cost
+from mmscale.streaming.pack import cost_imbalance
+from mmscale.streaming.plan import Pack, Plan, PlanState, pack_features
 
-NUM_SAMPLES = 60_000
-IMAGE_TOKENS = (144, 196, 576, 729)
-FRAME_TOKENS = 196
-
-Mix = tuple[NDArray[np.int64], NDArray[np.int64]]
-"""Text tokens and media tokens of each sample."""
+STEPS = 400
+"""Turns of all ranks over which the imbalance is measured, at most an epoch."""
 
 
-def photo_mix(rng: np.random.Generator) -> Mix:
-    """Instruction data: mostly one image, short skewed texts."""
-    images = rng.choice(5, NUM_SAMPLES, p=(0.15, 0.70, 0.08, 0.04, 0.03))
-    return lognormal(rng, 180, 1.0, 16, 8192, NUM_SAMPLES), images * rng.choice(IMAGE_TOKENS, NUM_SAMPLES)
-
-
-def interleaved_mix(rng: np.random.Generator) -> Mix:
-    """Web documents: 0 to 16 images, long skewed texts."""
-    images = np.minimum(rng.geometric(0.35, NUM_SAMPLES) - 1, 16)
-    return lognormal(rng, 400, 1.2, 16, 16_384, NUM_SAMPLES), images * rng.choice(IMAGE_TOKENS, NUM_SAMPLES)
-
-
-def video_mix(rng: np.random.Generator) -> Mix:
-    """One clip of 8 to 64 frames in 10 samples, else 1 to 6 image tiles."""
-    is_clip = rng.random(NUM_SAMPLES) < 0.10
-    clips = rng.integers(8, 65, NUM_SAMPLES) * FRAME_TOKENS
-    tiles = rng.integers(1, 7, NUM_SAMPLES) * rng.choice(IMAGE_TOKENS, NUM_SAMPLES)
-    return lognormal(rng, 250, 1.1, 16, 16_384, NUM_SAMPLES), np.where(is_clip, clips, tiles)
-
-
-def new_plan(mix: Mix, seq_len: int, window: int) -> tuple[Plan, int]:
-    """The plan over the samples of a mix that fit into a pack, and the whole windows of one epoch."""
-    text, media = mix
-    fits = text + media <= seq_len
-    tokens = (text + media)[fits]
-    source = PlanSource("mix", tokens.astype(np.uint32), media[fits].astype(np.uint32), {})
-    plan = Plan([source], seq_len=seq_len, plan_group=64, window=window)
-    return plan, len(tokens) // plan.window
-
-
-def planned_packs(plan: Plan, num_windows: int) -> Iterator[Pack]:
-    """The packs of the first windows; one window more is planned on the way, the one in which the last pack is noticed."""
+def planned_packs(plan: Plan) -> Iterator[Pack]:
+    """The packs of the whole windows of one epoch; one window more is planned on the way."""
+    num_windows = plan.sources[0].num_rows // plan.window
     for pack, _, state in plan.packs(PlanState()):
         if state.window == num_windows:
             return
         yield pack
 
 
-def us_per_sample(mix: Mix, seq_len: int, window: int) -> float:
+def us_per_sample(mix: Mix, seq_len: int) -> float:
     """CPU microseconds to plan one sample, the best of three epochs: noise only adds."""
-    plan, num_windows = new_plan(mix, seq_len, window)
     times = []
     gc.collect()
     gc.freeze()  # what else lives in this process is not to be walked through again and again
-    for _ in range(3):
+    for seed in range(3):  # other windows each time, for those that were planned are kept
+        plan = plan_of(mix, rules_for(seq_len, seed=seed))
         started = time.process_time()
-        deque(planned_packs(plan, num_windows), maxlen=0)
-        times.append(time.process_time() - started)
+        deque(planned_packs(plan), maxlen=0)
+        took = time.process_time() - started
+        times.append(took * 1e6 / ((plan.sources[0].num_rows // plan.window + 1) * plan.window))
     gc.unfreeze()
-    return min(times) * 1e6 / ((num_windows + 1) * plan.window)
+    return min(times)
 
 
 def arrival_fill(tokens: list[int], seq_len: int) -> float:
@@ -84,13 +55,32 @@ def arrival_fill(tokens: list[int], seq_len: int) -> float:
     return sum(tokens) / packs / seq_len
 
 
-def _fill(name: str, mix: Mix, seq_len: int, target: str, window: int = 4096) -> Result:
-    plan, num_windows = new_plan(mix, seq_len, window)
-    used = [sum(draw.tokens for draw in pack) for pack in planned_packs(plan, num_windows)]
-    assert max(used) <= seq_len, "no pack is larger than seq_len"
+def least_packs(tokens: NDArray[np.int64], seq_len: int) -> int:
+    """A number of packs below which no packing can go (Martello and Toth's L2): long ones never share a pack.
+
+    For each threshold k: those longer than L - k have a pack each; those longer than L / 2 too, with the room that they
+    leave for the ones of at least k.
+    """
+    best = -(-int(tokens.sum()) // seq_len)
+    for k in np.unique(tokens[tokens <= seq_len // 2])[:: max(1, seq_len // 1024)]:
+        alone = int((tokens > seq_len - k).sum())
+        large = tokens[(tokens > seq_len // 2) & (tokens <= seq_len - k)]
+        small = tokens[(tokens >= k) & (tokens <= seq_len // 2)]
+        more = int(small.sum()) - (len(large) * seq_len - int(large.sum()))
+        best = max(best, alone + len(large) + max(0, -(-more // seq_len)))
+    return best
+
+
+def _fill(name: str, mix: Mix, seq_len: int, target: str) -> Result:
+    plan = plan_of(mix, rules_for(seq_len))
+    packs = list(planned_packs(plan))
+    lengths = np.array([draw.tokens for pack in packs for draw in pack])
+    fill = int(lengths.sum()) / len(packs) / seq_len
+    assert max(sum(draw.tokens for draw in pack) for pack in packs) <= seq_len, "no pack is larger than seq_len"
+    over = len(packs) / least_packs(lengths, seq_len) - 1
     arrival = arrival_fill(plan.sources[0].tokens.tolist(), seq_len)
     peer = f"in arrival order, closed by the first sample that does not fit: {arrival:.3f}"
-    return Result(name, sum(used) / len(used) / seq_len, "share", target, peer)
+    return Result(name, fill, "share", target, f"{peer}; {over:.2%} more packs than the lower bound of these samples")
 
 
 def pack_fill_4k(_: Settings) -> Result:
@@ -105,7 +95,7 @@ def pack_fill_8k(_: Settings) -> Result:
 
 def pack_fill_32k(_: Settings) -> Result:
     """Fill of 32,768-token packs of interleaved documents."""
-    return _fill("pack_fill_32k", interleaved_mix(np.random.default_rng(0)), 32_768, ">= 0.999", window=16_384)
+    return _fill("pack_fill_32k", interleaved_mix(np.random.default_rng(0)), 32_768, ">= 0.999")
 
 
 def pack_fill_video_4k(_: Settings) -> Result:
@@ -117,10 +107,45 @@ def pack_us_per_sample(_: Settings) -> Result:
     """CPU time to plan one sample: order, packing, grouping by cost; the slowest mix."""
     photos, web, videos = (mix(np.random.default_rng(0)) for mix in (photo_mix, interleaved_mix, video_mix))
     us = {
-        "4k": us_per_sample(photos, 4096, 4096),
-        "8k": us_per_sample(photos, 8192, 4096),
-        "32k": us_per_sample(web, 32_768, 16_384),
-        "video 4k": us_per_sample(videos, 4096, 4096),
+        "4k": us_per_sample(photos, 4096),
+        "8k": us_per_sample(photos, 8192),
+        "32k": us_per_sample(web, 32_768),
+        "video 4k": us_per_sample(videos, 4096),
     }
     each = ", ".join(f"{name} {value:.1f}" for name, value in us.items())
     return Result("pack_us_per_sample", max(us.values()), "us", "<= 5", f"none; by mix: {each}")
+
+
+def _imbalance(name: str, num_ranks: int, seq_len: int, target: str) -> Result:
+    """Dearest over mean pack of the ranks that work side by side, the worse of two mixes."""
+    found = {}
+    for label, mix in (("photos", photo_mix), ("interleaved", interleaved_mix)):
+        plan = plan_of(mix(np.random.default_rng(0), 320_000), rules_for(seq_len, max(64, num_ranks)))
+        packs = islice(planned_packs(plan), STEPS * num_ranks)
+        costs = predict_cost(COST, np.array([pack_features(pack, plan.sources) for pack in packs], np.float64))
+        anyhow = np.random.default_rng(1).permutation(costs)
+        found[label] = (*cost_imbalance(costs, num_ranks), cost_imbalance(anyhow, num_ranks)[0])
+    label, (mean, worst, anyhow_mean) = max(found.items(), key=lambda item: item[1][0])
+    others = ", ".join(f"{name} {values[0]:.4f}" for name, values in found.items())
+    peer = f"the same packs assigned at random: {anyhow_mean:.3f}; {others}; worst step of {label} {worst:.3f}"
+    return Result(name, mean, "x", target, peer)
+
+
+def cost_imbalance_8_8k(_: Settings) -> Result:
+    """Imbalance of the cost of 8,192-token packs over 8 ranks."""
+    return _imbalance("cost_imbalance_8_8k", 8, 8192, "<= 1.01")
+
+
+def cost_imbalance_64_8k(_: Settings) -> Result:
+    """Imbalance of the cost of 8,192-token packs over 64 ranks."""
+    return _imbalance("cost_imbalance_64_8k", 64, 8192, "<= 1.01")
+
+
+def cost_imbalance_256_8k(_: Settings) -> Result:
+    """Imbalance of the cost of 8,192-token packs over 256 ranks."""
+    return _imbalance("cost_imbalance_256_8k", 256, 8192, "<= 1.01")
+
+
+def cost_imbalance_64_32k(_: Settings) -> Result:
+    """Imbalance of the cost of 32,768-token packs over 64 ranks."""
+    return _imbalance("cost_imbalance_64_32k", 64, 32_768, "<= 1.02")

@@ -14,7 +14,7 @@ import tempfile
 from fnmatch import fnmatch
 from pathlib import Path
 
-from benchmarks import labels, packing, reading, startup, step
+from benchmarks import decode, indexed_reads, labels, packing, planning, reading, startup, step
 from benchmarks.result import Benchmark, Result, Settings
 
 RESULTS = Path(__file__).parent / "results"
@@ -26,10 +26,21 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     packing.pack_fill_32k,
     packing.pack_fill_video_4k,
     packing.pack_us_per_sample,
+    packing.cost_imbalance_8_8k,
+    packing.cost_imbalance_64_8k,
+    packing.cost_imbalance_256_8k,
+    packing.cost_imbalance_64_32k,
+    planning.plan_10m_start_s,
+    planning.plan_10m_rss_mb,
     labels.labels_ms_16k,
-    reading.read_ratio_75k,
-    reading.read_ratio_2k,
+    decode.decode224_ratio,
+    indexed_reads.read_ratio_75k,
+    indexed_reads.read_ratio_2k,
+    indexed_reads.read_shuffled_ratio,
+    indexed_reads.index_gb_per_s,
     reading.loader_cpu_ms,
+    reading.e2e_ratio_webdataset,
+    reading.corrupt_1pct_slowdown,
     startup.resume_first_batch_s,
     step.step_ratio_skewed,
     step.step_ratio_grouped,

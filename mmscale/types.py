@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 Modality = Literal["image", "video", "audio"]
@@ -20,7 +21,11 @@ MODALITIES: tuple[Modality, ...] = get_args(Modality)
 MEDIA_TOKENS: dict[Modality, str] = {modality: f"<{modality}>" for modality in MODALITIES}
 """The placeholder of each modality, in texts and in the vocabulary."""
 
-Role = Literal["system", "user", "assistant"]
+NEWLINE_TOKEN = "<image_newline>"
+"""The vocabulary token behind each line of an `anyres` picture; its embedding is LLaVA-NeXT's `image_newline`."""
+
+Role = Literal["system", "user", "assistant", "document"]
+"""`document` is a text without turns, alone in its sample: media stand between its words, and every word is a target."""
 
 IGNORE = -100
 """The label of a position without a target (the value that torch's cross-entropy ignores by default)."""
@@ -28,7 +33,7 @@ IGNORE = -100
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One turn of a conversation. `text` may hold media placeholders such as `<image>` in user turns."""
+    """One turn of a conversation. `text` may hold media placeholders such as `<image>` in user turns and documents."""
 
     role: Role
     text: str
@@ -74,16 +79,40 @@ class Skip:
 
 @dataclass(frozen=True, slots=True)
 class ImageSpec:
-    """How an image becomes tower input, known before any model is built.
+    """How an image becomes tower inputs, known before any model is built.
 
     `size`: side of the square tower input in pixels. `mode`: `resize` stretches, `square` scales the shortest side and
-    cuts the centre, `pad` pads to a square with `fill` (RGB 0-255) and resizes. `tokens`: connector rows per image, P.
+    cuts the centre, `pad` pads to a square with `fill` (RGB 0-255) and resizes; these give one input per image. `tiles` and
+    `anyres` give several, see `mmscale.streaming.decode.tiling`. `tokens`: connector rows per input, P. `side`: rows per side
+    when they form a grid (`side * side == tokens`), 0 when class tokens stand among them.
+
+    `min_tiles`, `max_tiles`, `thumbnail`: of mode `tiles`. `grids` ((height, width) in pixels) and `merge`: of mode `anyres`.
     """
 
     size: int
     tokens: int
-    mode: Literal["resize", "square", "pad"] = "resize"
+    mode: Literal["resize", "square", "pad", "tiles", "anyres"] = "resize"
     fill: tuple[int, int, int] = (127, 127, 127)
+    side: int = 0
+    min_tiles: int = 1
+    max_tiles: int = 12
+    thumbnail: bool = True
+    grids: tuple[tuple[int, int], ...] = ()
+    merge: Literal["flat", "spatial", "spatial_unpad"] = "spatial_unpad"
+
+
+@dataclass(frozen=True, slots=True)
+class VideoSpec:
+    """Which frames of a clip are taken: at most `frames`, at `fps` per second in mode `fps`; clips over `max_s` are refused.
+
+    Each frame is one tower input, prepared like an image of the mode `resize`, `square` or `pad` (`tiles` and `anyres` frames
+    are stretched), and gives `ImageSpec.tokens` tokens.
+    """
+
+    frames: int = 8
+    mode: Literal["uniform", "fps", "keyframes", "history"] = "uniform"
+    fps: float = 1.0
+    max_s: float = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +154,7 @@ class MediaSpecs:
 
     image: ImageSpec | None = None
     audio: AudioSpec | None = None
+    video: VideoSpec | None = None
 
     def rows_per_input(self, modality: Modality) -> int:
         """P of `modality`: connector rows of one tower input. Raises KeyError when the model lacks the modality."""
@@ -139,13 +169,16 @@ class EncodedMedia:
     """One decoded media item inside a document.
 
     `data`: image and video uint8 [frames, 3, size, size] (an image has one frame), audio float32 [windows, ...] as
-    `AudioSpec` says. The item's tokens stand at `slot .. slot + num_tokens` of its document.
+    `AudioSpec` says. The item's tokens stand at `slot .. slot + num_tokens` of its document. `rows` int64 [num_tokens]: which
+    of the item's `len(data) * P` connector rows stands there, -1 = none (a newline token, embedded like text); None = the
+    first `num_tokens` rows in order.
     """
 
     modality: Modality
     data: torch.Tensor
     slot: int
     num_tokens: int
+    rows: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,153 +1,167 @@
-"""The command `mmscale-data`: build, index, verify and look at shards. Heavy imports happen inside the commands."""
+"""The command `mmscale-data`: what writes shards; what only looks at them is in `cli_inspect`. Heavy imports are lazy."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmscale.errors import MmscaleError
+from mmscale.data_tools import cli_inspect
+from mmscale.data_tools.console import Folders, counts, progress, table
+from mmscale.data_tools.kinds import HELP as KINDS_HELP
+from mmscale.data_tools.kinds import Kind, Placement
+from mmscale.errors import ConfigError, MmscaleError, RefusedInputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from mmscale.data_tools.build import BuildReport
+
+Inputs = Annotated[list[Path], typer.Argument(metavar="DIR...", help="Dataset folders, folders of tars, or tars.")]
+Out = Annotated[Path, typer.Option(help="Dataset folder to write.")]
+ShardMb = Annotated[int, typer.Option(min=1, help="Largest size of a shard in MiB.")]
+ShardSamples = Annotated[int, typer.Option(min=1, help="Most samples in a shard.")]
+Rename = Annotated[bool, typer.Option("--rename", help="Running numbers as keys, where tars have a key twice.")]
+Zstd = Annotated[bool, typer.Option("--zstd", help="Write .tar.zst, for text; media in them are refused.")]
+Force = Annotated[bool, typer.Option("--force", help="Write media into .tar.zst all the same.")]
 
 app = typer.Typer(
     name="mmscale-data",
-    help="Build, index, verify and look at WebDataset shards.",
+    help="Build, index, reshard, filter, verify and look at WebDataset shards.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
-Folder = Annotated[Path, typer.Argument(help="Dataset folder: .tar shards with manifest.json.")]
-Folders = Annotated[
-    list[Path], typer.Argument(metavar="DIR...", help="Dataset folders: .tar shards with manifest.json.")
-]
 
+@app.command("convert")
+@app.command("build")
+def build(
+    sources: Annotated[list[Path], typer.Argument(metavar="SOURCE...", help="Files or folders, as the kind says.")],
+    kind: Annotated[Kind, typer.Option("--from", help=KINDS_HELP)],
+    out: Out,
+    media: Annotated[Path | None, typer.Option(help="Folder that file names in the rows are relative to.")] = None,
+    captions: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder of caption sidecars for tars; a second one holds long descriptions."),
+    ] = None,
+    placement: Annotated[
+        Placement, typer.Option(help="front: media tags to the front of their turn, as LLaVA's code does.")
+    ] = Placement.keep,
+    unfinished: Annotated[
+        bool, typer.Option("--unfinished", help="Take img2dataset's tars without a stats file too.")
+    ] = False,
+    rename: Rename = False,
+    shard_mb: ShardMb = 512,
+    shard_samples: ShardSamples = 10_000,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first row that cannot be used.")] = False,
+    zstd: Zstd = False,
+    force: Force = False,
+) -> None:
+    """Write foreign data as shards with index and manifest. Stopped half-way, the same command continues."""
+    from mmscale.data_tools.build import BuildOptions, build
+    from mmscale.data_tools.readers.items import Source
 
-class Source(StrEnum):
-    """What a data set can be built from."""
-
-    llava = "llava"
-    folder = "folder"
+    if captions and len(captions) > 2:
+        raise ConfigError(f"--captions is given {len(captions)} times; give one folder, or two (short, long)")
+    source = Source(tuple(sources), media, tuple(captions or ()), placement, unfinished, rename)
+    options = BuildOptions(shard_mb * 2**20, shard_samples, strict, zstd, force)
+    with progress("rows") as update:
+        report = build(kind, source, out, options, lambda rows: update(rows, None, ""))
+    _show(report, out)
 
 
 @app.command()
-def build(
-    source: Annotated[Path, typer.Argument(help="Row file (.json list or .jsonl) for llava, a folder for folder.")],
-    kind: Annotated[Source, typer.Option("--from", help="llava: LLaVA/ShareGPT rows. folder: images with captions.")],
-    out: Annotated[Path, typer.Option(help="Dataset folder to write.")],
-    media: Annotated[Path | None, typer.Option(help="Folder that file names in the rows are relative to.")] = None,
-    shard_mb: Annotated[int, typer.Option(min=1, help="Largest size of a shard in MiB.")] = 512,
-    shard_samples: Annotated[int, typer.Option(min=1, help="Most samples in a shard.")] = 10_000,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first row that cannot be used.")] = False,
+def reshard(
+    folders: Inputs,
+    out: Out,
+    shuffle: Annotated[int | None, typer.Option(help="Seed of a random order; the folders must be indexed.")] = None,
+    rename: Rename = False,
+    shard_mb: ShardMb = 512,
+    shard_samples: ShardSamples = 10_000,
+    zstd: Zstd = False,
+    force: Force = False,
 ) -> None:
-    """Write shards with index and manifest. Stopped half-way, the same command continues."""
-    from mmscale.data_tools.build import SKIPPED_NAME, BuildOptions, build_folder, build_llava
-    from mmscale.errors import ConfigError, RefusedInputError
+    """Write the samples of datasets or tars (also .tar.gz, .tar.zst) as new shards, as they are."""
+    from mmscale.data_tools.build import BuildOptions
+    from mmscale.data_tools.reshard import reshard
 
-    options = BuildOptions(shard_mb * 2**20, shard_samples, strict)
-    with _progress("rows") as update:
-        if kind is Source.folder:
-            report = build_folder(source, out, options, lambda rows: update(rows, None, ""))
-        elif media is None:
-            raise ConfigError("--from llava needs --media DIR, the folder that file names in the rows are relative to")
-        else:
-            report = build_llava(source, media, out, options, lambda rows: update(rows, None, ""))
+    options = BuildOptions(shard_mb * 2**20, shard_samples, zstd=zstd, force=force)
+    with progress("samples") as update:
+        report = reshard(folders, out, options, shuffle, rename, lambda rows: update(rows, None, ""))
+    _show(report, out)
+
+
+@app.command("filter")
+def filter_(
+    folders: Folders,
+    out: Out,
+    keys: Annotated[Path | None, typer.Option(help="File of keys to keep, one per line.")] = None,
+    drop_keys: Annotated[Path | None, typer.Option(help="File of keys to leave out, one per line.")] = None,
+    where: Annotated[
+        str | None,
+        typer.Option(help="Condition, such as 'width >= 64 and json.lang == \"en\"'; see docs/build-shards.md."),
+    ] = None,
+    dedup: Annotated[
+        bool, typer.Option("--dedup", help="Leave out samples with the media and text of an earlier one.")
+    ] = False,
+    rename: Rename = False,
+    shard_mb: ShardMb = 512,
+    shard_samples: ShardSamples = 10_000,
+    zstd: Zstd = False,
+    force: Force = False,
+) -> None:
+    """Write the samples of datasets that meet conditions as new shards; the others are counted and listed."""
+    from mmscale.data_tools.build import BuildOptions
+    from mmscale.data_tools.filtering import Selection, filter_samples
+
+    options = BuildOptions(shard_mb * 2**20, shard_samples, zstd=zstd, force=force)
+    selection = Selection.read(keys, drop_keys, where, dedup)
+    with progress("samples") as update:
+        report = filter_samples(folders, out, selection, options, rename, lambda rows: update(rows, None, ""))
+    _show(report, out)
+
+
+def _show(report: BuildReport, out: Path) -> None:
+    """Prints what was written. Raises RefusedInputError when that is nothing."""
     typer.echo(f"{out}: {report.rows} rows = {report.samples} samples + {report.rows - report.samples} skipped")
     if report.dropped_turns:
         typer.echo(f"{report.dropped_turns} leading turns that are not the user's will be dropped on reading")
     if report.skipped:
-        _table(f"skipped (listed in {out / SKIPPED_NAME})", ("reason", "rows"), _counts(report.skipped))
+        table(f"skipped (listed in {out / 'skipped.jsonl'})", ("reason", "rows"), counts(report.skipped))
     if not report.samples:
         raise RefusedInputError(
-            f"{source}: expected at least one usable row, found none of {report.rows}; see the table above"
+            f"{out}: expected at least one usable row, found none of {report.rows}; see the table above"
         )
 
 
 @app.command()
-def index(folders: Folders) -> None:
-    """Write the index of every .tar in a folder, and its manifest. Use it for tars from elsewhere."""
+def index(
+    folders: Folders,
+    wids: Annotated[bool, typer.Option("--wids", help="Write wids-meta.json too, for wids and VILA.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Read shards again that did not change.")] = False,
+) -> None:
+    """Write the index of every shard in a folder, and its manifest. Use it for tars from elsewhere. Stopped, it goes on."""
     for folder in folders:
-        _index(folder)
+        _index(folder, wids, again)
 
 
-def _index(folder: Path) -> None:
+def _index(folder: Path, wids: bool, again: bool) -> None:
     from mmscale.data_tools.indexing import index_folder
 
-    with _progress("shards") as update:
-        report = index_folder(folder, update)
+    with progress("shards") as update:
+        report = index_folder(folder, update, wids=wids, again=again)
     manifest = report.manifest
+    kept = f" ({report.kept} unchanged)" if report.kept else ""
     typer.echo(
-        f"{folder}: {manifest.samples} samples in {len(manifest.shards)} shards, fingerprint {manifest.fingerprint}"
+        f"{folder}: {manifest.samples} samples in {len(manifest.shards)} shards{kept}, fingerprint {manifest.fingerprint}"
     )
+    for finding in report.findings:
+        typer.echo(f"note: {finding}")
     if report.skipped:
-        _table("skipped", ("reason", "samples"), _counts(report.skipped))
+        table("skipped", ("reason", "samples"), counts(report.skipped))
     if manifest.quarantined:
-        _table("shards put aside", ("shard", "reason"), list(manifest.quarantined.items()))
-
-
-@app.command()
-def verify(folders: Folders) -> None:
-    """Check hashes, index, rows and media headers of every shard. Exit code 1 when anything is wrong."""
-    if not all([_verify(folder) for folder in folders]):  # a list: every folder is looked at
-        raise typer.Exit(1)
-
-
-def _verify(folder: Path) -> bool:
-    """Prints what was found; whether nothing is wrong."""
-    from mmscale.data_tools.verify import summarize, verify_folder
-
-    with _progress("shards") as update:
-        report = verify_folder(folder, update)
-    typer.echo(f"{folder}: {report.samples} of {report.indexed} samples usable in {report.shards} shards")
-    if report.findings:
-        rows = [(shard, reason, str(count), text) for shard, reason, count, text in summarize(report)]
-        _table("found", ("shard", "reason", "count", "first"), rows)
-    return not report.findings
-
-
-@app.command()
-def stats(folders: Folders) -> None:
-    """Print how many samples, pictures, seconds of audio, turns and bytes of text there are."""
-    for folder in folders:
-        _stats(folder)
-
-
-def _stats(folder: Path) -> None:
-    from mmscale.data_tools.stats import dataset_stats
-
-    with _progress("rows") as update:
-        found = dataset_stats(folder, lambda done, total: update(done, total, ""))
-    typer.echo(f"{folder}: {found.samples} samples in {found.shards} shards, {found.bytes / 2**20:.1f} MiB")
-    typer.echo("media: " + (", ".join(f"{n} {kind}" for kind, n in found.media.items() if n) or "none"))
-    rows = [
-        (name, f"{s.count}", *(f"{x:.6g}" for x in (s.total, s.smallest, s.median, s.p95, s.largest)))
-        for name, s in found.spreads.items()
-    ]
-    _table("spread", ("", "count", "sum", "min", "median", "p95", "max"), rows)
-    if found.skipped:
-        _table("skipped", ("reason", "samples"), _counts(found.skipped))
-
-
-@app.command()
-def preview(
-    folder: Folder,
-    out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("preview.png"),
-    num: Annotated[int, typer.Option(help="Samples to show.")] = 8,
-    seed: Annotated[int, typer.Option(help="Which samples are drawn.")] = 0,
-    tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder, to show token counts.")] = None,
-) -> None:
-    """Write a picture of some samples with their text and token counts."""
-    from mmscale.data_tools.preview import write_preview
-
-    shown = write_preview(folder, out, num, seed, tokenizer)
-    typer.echo(f"{out}: {shown} samples of {folder}")
+        table("shards put aside", ("shard", "reason"), list(manifest.quarantined.items()))
 
 
 @app.command()
@@ -158,41 +172,7 @@ def demo(folder: Annotated[Path, typer.Argument(help="Folder to write the demo d
     write_demo(folder)
 
 
-@contextmanager
-def _progress(unit: str) -> Iterator[Callable[[int, int | None, str], None]]:
-    """Shows a bar on standard error; gives a function that takes (done, total or None, what)."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        TimeElapsedColumn(),
-    )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
-
-
-def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    typer.echo(f"{title}:")
-    table = Table()
-    for name in header:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*map(escape, row))
-    Console().print(table)
-
-
-def _counts(skipped: Mapping[str, int]) -> list[tuple[str, str]]:
-    return [(reason, str(count)) for reason, count in sorted(skipped.items(), key=lambda item: (-item[1], item[0]))]
+cli_inspect.register(app)
 
 
 def main() -> None:
@@ -206,7 +186,8 @@ def main() -> None:
         typer.echo(f"mmscale-data: {' '.join(str(e).split())}", err=True)
         sys.exit(e.exit_code)
     except OSError as e:
+        where = f"{e.filename}: " if e.filename else ""  # a full disk is told without a name
         typer.echo(
-            f"mmscale-data: {e.filename}: {e.strerror}; check the path, its permissions and the space left", err=True
+            f"mmscale-data: {where}{e.strerror or e}; check the path, its permissions and the space left", err=True
         )
         sys.exit(1)

@@ -1,7 +1,7 @@
-"""A small, real, multimodal data set that needs no download: scanned digits, rendered words, tone sequences and text.
+"""A small, real, multimodal data set that needs no download: scanned digits, words, clips, tone sequences and text.
 
 Digits are scikit-learn's 1,797 scans, split once into 1,437 to train on and 360 held out. A row's key begins with its
-task: digits, compare, words, beeps, pitch or text.
+task: digits, compare, words, video, beeps, pitch or text.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 from mmscale.data_tools.writer import ShardWriter
 from mmscale.errors import MissingExtraError
 from mmscale.streaming.chat import load_template, to_jinja
+from mmscale.streaming.containers import encode_mp4
 from mmscale.streaming.media import modality_of
 from mmscale.streaming.rows import encode_row
 from mmscale.streaming.tokenizer import TextTokenizer
@@ -28,11 +29,16 @@ if TYPE_CHECKING:
 
 SEED = 20240
 NUM_TRAIN_DIGITS = 1437
-ROWS = {"compare": (1000, 100), "words": (800, 100), "beeps": (1500, 200), "pitch": (1000, 100), "text": (500, 0)}
+ROWS = {
+    "compare": (1000, 100), "words": (800, 100), "video": (500, 60), "beeps": (1500, 200), "pitch": (1000, 100), "text": (500, 0),
+}  # fmt: skip
 """Rows of each task: (train, held out)."""
 
 RATE_HZ = 16_000
 MAX_SAMPLES = 19_200  # 1.2 s, one window of the recipe's audio tower
+VIDEO_SIDE, VIDEO_DIGIT, VIDEO_FPS = 32, 16, 8
+"""Sides of a clip's frame and of the digit in it, in pixels, and frames per second."""
+
 VOCABULARY = 512
 WORDS = (
     "cat", "dog", "sun", "map", "red", "box", "ice", "jam", "owl", "key", "bus", "egg",
@@ -42,6 +48,7 @@ SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *MEDIA_TOKENS.values(
 DIGIT_QUESTIONS = ("Which digit is this?", "What digit do you see?", "Read the digit.", "Name this digit.")
 LARGER_QUESTION, LARGEST_QUESTION = "Which of these is larger?", "Which is the largest?"
 WORD_QUESTION, BEEPS_QUESTION, PITCH_QUESTION = "What does it say?", "How many beeps?", "Is the second tone higher?"
+VIDEO_QUESTION = "Does the digit move left or right?"
 ORDINALS = ("first", "second", "third")
 
 
@@ -83,6 +90,7 @@ def write_demo(folder: Path, scale: float = 1.0, report: Callable[[str], None] =
             "digits": digit_rows(digits, DIGIT_QUESTIONS if split == 0 else DIGIT_QUESTIONS[:1]),
             "compare": compare_rows(digits, counts["compare"], several_turns=split == 0),
             "words": word_rows(counts["words"], split),
+            "video": video_rows(digits, counts["video"], split),
             "audio": chain(beep_rows(counts["beeps"], split), pitch_rows(counts["pitch"], split)),
         }
         if split == 0:
@@ -194,6 +202,33 @@ def _word_png(word: str, rng: np.random.Generator) -> bytes:
     x, y = int(rng.integers(1, 4)) - int(left), int(rng.integers(3, 6))
     ImageDraw.Draw(image).text((x, y), word, fill=ink, font=font)
     return _png(image)
+
+
+def video_rows(digits: Sequence[Digit], count: int, split: int) -> Iterator[Row]:
+    """A digit that crosses two thirds or more of a plain ground in 8 to 16 frames."""
+    rng = _rng("video", split)
+    for i in range(count):
+        goes_right = i % 2 == 0
+        clip = _moving_digit(digits[int(rng.integers(len(digits)))], goes_right, rng)
+        turns = _ask(f"<video>\n{VIDEO_QUESTION}", "right" if goes_right else "left")
+        yield Row(f"video_{i:05d}", turns, (("mp4", clip),))
+
+
+def _moving_digit(digit: Digit, goes_right: bool, rng: np.random.Generator) -> bytes:
+    from PIL import Image
+
+    with Image.open(BytesIO(digit.png)) as scan:
+        ink = np.asarray(scan.convert("L").resize((VIDEO_DIGIT, VIDEO_DIGIT)), np.float64) / 255
+    room, paper, pen = VIDEO_SIDE - VIDEO_DIGIT, rng.uniform(0, 20), rng.uniform(230, 255)
+    way = rng.uniform(0.65, 1.0) * room
+    places = rng.uniform(0, room - way) + np.linspace(0, way, int(rng.integers(8, 17)))
+    y = int(rng.integers(room + 1))
+    frames = []
+    for x in np.round(places if goes_right else places[::-1]).astype(int):
+        frame = np.full((VIDEO_SIDE, VIDEO_SIDE, 3), paper)
+        frame[y : y + VIDEO_DIGIT, x : x + VIDEO_DIGIT] += ink[:, :, None] * (pen - paper)
+        frames.append(np.round(frame).astype(np.uint8))
+    return encode_mp4(frames, VIDEO_FPS, (VIDEO_SIDE, VIDEO_SIDE))
 
 
 def beep_rows(count: int, split: int) -> Iterator[Row]:

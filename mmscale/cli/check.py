@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from mmscale.config.checks import check_config, check_lengths, data_parallel_size
+from mmscale.config.cost import run_cost
 from mmscale.config.load import load_config
-from mmscale.config.schema import Config
-from mmscale.config.specs import media_specs
+from mmscale.config.mixture import is_stream_mode, leaf_sources, mixture_shares
+from mmscale.config.schema import Config, SourceConfig
+from mmscale.config.specs import extra_tokens, media_specs
 from mmscale.model.composite import skeleton
 from mmscale.model.description import describe
 from mmscale.streaming.chat import load_template
-from mmscale.streaming.shards import ShardSet
+from mmscale.streaming.loader import open_shards
 from mmscale.streaming.tokenizer import TextTokenizer
+from mmscale.streaming.unindexed.urls import list_shards
 from mmscale.types import MediaSpecs
 
 
@@ -24,10 +27,13 @@ def run(config_path: str, overrides: list[str], world_size: int) -> None:
     """Validates the config for `world_size` processes and prints the layout; raises ConfigError when it cannot work."""
     config = load_config(config_path, overrides)
     check_config(config, world_size)
-    specs = media_specs(config.model, config.data.image)
+    specs = media_specs(config.model, config.data)
     section = config.model.tokenizer
-    tokenizer = TextTokenizer.load(section.path, section.add_tokens, section.pad_to_multiple)
+    tokenizer = TextTokenizer.load(
+        section.path, (*section.add_tokens, *extra_tokens(config.data)), section.pad_to_multiple
+    )
     _check_templates(config, tokenizer)
+    run_cost(config, specs, tokenizer.vocab_size)  # refused here rather than when the data is opened
     tables = (_layout(config, world_size, specs), _sources(config), _parts(config, tokenizer, specs))
     console = Console(highlight=False)  # printed only when everything holds
     for table in tables:
@@ -36,7 +42,7 @@ def run(config_path: str, overrides: list[str], world_size: int) -> None:
 
 def _check_templates(config: Config, tokenizer: TextTokenizer) -> None:
     """Raises ConfigError when a template is unknown or its special tokens are not in the tokenizer."""
-    sources = [*config.data.sources.values(), *config.eval.sources.values()]
+    sources = [*leaf_sources(config.data.sources).values(), *leaf_sources(config.eval.sources).values()]
     for name in sorted({config.data.template, *(s.template for s in sources if s.template)}):
         for special in load_template(name).specials:
             tokenizer.special_id(special)
@@ -60,7 +66,8 @@ def _layout(config: Config, world_size: int, specs: MediaSpecs) -> Table:
     if specs.image is not None:
         table.add_row(
             "image",
-            f"{specs.image.size} x {specs.image.size} pixels ({specs.image.mode}) = {specs.image.tokens} tokens",
+            f"{specs.image.size} x {specs.image.size} pixels ({specs.image.mode}) = {specs.image.tokens} tokens"
+            + (" each tile" if specs.image.mode in ("tiles", "anyres") else ""),
         )
     if specs.audio is not None:
         a = specs.audio
@@ -71,15 +78,45 @@ def _layout(config: Config, world_size: int, specs: MediaSpecs) -> Table:
 
 
 def _sources(config: Config) -> Table:
-    table = Table("source", "samples", "shards put aside", "skipped when indexed", "weight", "template")
-    named = [*config.data.sources.items(), *((f"{name} (validation)", s) for name, s in config.eval.sources.items())]
-    for name, source in named:
-        shards = ShardSet.open(Path(config.data.root) / source.path, source.path)
-        skipped = ", ".join(f"{reason} {n}" for reason, n in shards.skipped.items()) or "none"
-        weight = "by size" if source.weight is None else f"{source.weight:g}"
-        aside = ", ".join(shards.quarantined) or "none"
-        table.add_row(name, f"{len(shards):,}", aside, skipped, weight, source.template or config.data.template)
+    table = Table("source", "samples", "used", "share", "epochs", "put aside", "skipped", "template")
+    _add_sources(table, config, config.data.sources, is_training=True)
+    _add_sources(table, config, config.eval.sources, is_training=False)
     return table
+
+
+def _add_sources(table: Table, config: Config, sources: Mapping[str, SourceConfig], *, is_training: bool) -> None:
+    leaves = leaf_sources(sources)
+    if not leaves:
+        return
+    if is_training and is_stream_mode("data.sources", sources):
+        _add_streamed(table, config, leaves)
+        return
+    opened = {name: open_shards(config.data, source) for name, source in leaves.items()}
+    used = {name: min(len(shards), leaves[name].max_samples or len(shards)) for name, shards in opened.items()}
+    shares = mixture_shares(sources, used)
+    for name, source in leaves.items():
+        shards = opened[name]
+        skipped = ", ".join(f"{reason} {n}" for reason, n in shards.skipped.items()) or "none"
+        mixed = (f"{float(shares[name]):.2%}", f"{source.max_epochs or '-'}") if is_training else ("", "")
+        table.add_row(
+            name if is_training else f"{name} (eval)",
+            f"{len(shards):,}",
+            f"{used[name]:,}",
+            *mixed,
+            ", ".join(shards.quarantined) or "none",
+            skipped,
+            source.template or config.data.template,
+        )
+
+
+def _add_streamed(table: Table, config: Config, leaves: Mapping[str, SourceConfig]) -> None:
+    """Rows of sources without an index: how many shards there are is all that is known."""
+    shards = {name: list_shards(name, source, config.data.root) for name, source in leaves.items()}
+    shares = mixture_shares(config.data.sources, {name: len(found) for name, found in shards.items()})
+    for name, source in leaves.items():
+        epochs, template = f"{source.max_epochs or '-'}", source.template or config.data.template
+        count = f"{len(shards[name]):,} shards"
+        table.add_row(name, "not indexed", count, f"{float(shares[name]):.2%}", epochs, "", "", template)
 
 
 def _parts(config: Config, tokenizer: TextTokenizer, specs: MediaSpecs) -> Table:

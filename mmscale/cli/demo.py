@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 import signal
@@ -13,16 +14,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 import mmscale
 from mmscale.config.load import load_config
+from mmscale.config.specs import media_specs
 from mmscale.errors import ConfigError, MmscaleError
 from mmscale.eval.exact_match import score_table
 from mmscale.eval.report import draw_report
+from mmscale.streaming.encode import decode_media
 from mmscale.streaming.shards import ShardSet
+from mmscale.types import MediaBytes, MediaSpecs
 
 RECIPE = Path(mmscale.__file__).parent / "configs/recipes/digits.yaml"
 MARKER = ".mmscale-demo"
-HELDOUT = ("digits", "compare", "words", "audio")
+HELDOUT = ("digits", "compare", "words", "video", "audio")
+PICTURES = {"digits": 12, "words": 6, "video": 6}
+"""Answers of each task on the report's picture."""
 
 
 class DemoError(MmscaleError):
@@ -142,17 +151,20 @@ def _report(root: Path, run_dir: Path, data: Path, answers: Sequence[dict[str, A
     print("\nexact match on held-out data")
     for task, score in scores.items():
         print(f"  {task:10s} {score}")
+    config = load_config(RECIPE)
+    specs = media_specs(config.model, config.data)
     pictures = []
-    for task, count in (("digits", 15), ("words", 9)):
+    for task, count in PICTURES.items():
         shards = ShardSet.open(data / "heldout" / task, task)
         rows = {shards.id(i): i for i in range(len(shards))}
         for row in [a for a in answers if a["task"] == task][:count]:
-            image = shards.read(rows[row["id"]]).media[0].data
-            pictures.append(
-                {
-                    "image": image,
-                    "question": row["question"].replace("<image>", "").strip(),
-                    **{k: row[k] for k in ("answer", "truth")},
-                }
-            )
+            picture = _tower_inputs(shards.read(rows[row["id"]]).media[0], specs, config.data.image.max_pixels)
+            question = re.sub(r"<\w+>", "", row["question"]).strip()
+            pictures.append({"picture": picture, "question": question, "answer": row["answer"], "truth": row["truth"]})
     draw_report(run_dir, pictures, scores, root / "report.png")
+
+
+def _tower_inputs(item: MediaBytes, specs: MediaSpecs, max_pixels: int) -> np.ndarray:
+    """What the model sees of an image or a clip, side by side: uint8 [size, inputs * size, 3]."""
+    inputs = decode_media(item, specs, max_pixels).data
+    return torch.cat(list(inputs), dim=-1).permute(1, 2, 0).numpy()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
+from mmscale.config.mixture import check_mixture, is_stream_mode, leaf_sources
 from mmscale.config.schema import Config, ParallelConfig, SourceConfig
 from mmscale.errors import ConfigError
 from mmscale.types import MediaSpecs
@@ -80,24 +81,26 @@ def _check_parts(config: Config) -> None:
 
 
 def _check_sources(key: str, sources: Mapping[str, SourceConfig]) -> None:
-    """Refuses a dataset under two names, whose samples would come twice, and weights on some sources only."""
+    """Refuses what is no mixture, and a dataset under two names, whose samples would come twice."""
+    check_mixture(key, sources)
     names: dict[str, str] = {}
-    for name, source in sources.items():
-        path = os.path.normpath(source.path)
+    for name, source in leaf_sources(sources).items():
+        path = os.path.normpath(source.path or "")
         if path in names:
             raise ConfigError(
-                f"{key}.{name}.path={source.path} is also the path of {key}.{names[path]}; remove one and raise the other's weight"
+                f"{key}.{name}: its path {source.path} is also the path of {key}.{names[path]}; remove one, and raise the "
+                "other's weight or repeat"
             )
         names[path] = name
-    without = [name for name, source in sources.items() if source.weight is None]
-    if without and len(without) < len(sources):
-        raise ConfigError(
-            f"{key}: expected a weight on every source or on none, found none on {', '.join(without)}; "
-            f"set {key}.{without[0]}.weight or remove the others"
-        )
 
 
 def _check_validation(config: Config) -> None:
+    is_stream_mode("data.sources", config.data.sources)
+    if any(source.mode == "stream" for source in leaf_sources(config.eval.sources).values()):
+        raise ConfigError(
+            "eval.sources: `mode: stream` cannot give every sample exactly once to any number of ranks; index the validation "
+            "data (mmscale-data index DIR) and leave out `mode`"
+        )
     if config.eval.every and not config.eval.sources:
         raise ConfigError(
             f"eval.every={config.eval.every} but eval.sources is empty; name a source or set eval.every=0"

@@ -75,36 +75,120 @@ class ModelConfig(Section):
 
 
 class SourceConfig(Section):
-    path: str = Field(
-        description="Dataset folder with `manifest.json` (written by `mmscale-data build` or `index`), relative to `data.root`."
+    path: str | None = Field(
+        None,
+        description="Dataset folder with `manifest.json` (written by `mmscale-data build` or `index`), relative to `data.root`; a local path or a URL (http, https, or any scheme of fsspec). `folder/{000..009}.tar` takes some of its shards only.",
+    )
+    sources: dict[str, SourceConfig] | None = Field(
+        None,
+        description="Instead of `path`: a mixture inside the mixture; its `weight` is shared out among its own sources.",
     )
     weight: PositiveFloat | None = Field(
         None,
-        description="Share of the samples drawn, relative to the other weights; null on every source = by size, each sample once per epoch.",
+        description="Share of the samples drawn, relative to the other weights beside it; null on all of them = by size, each sample once per epoch.",
+    )
+    repeat: PositiveInt = Field(
+        1, description="How often each sample comes while a source of `repeat: 1` comes once; only without weights."
+    )
+    max_samples: PositiveInt | None = Field(
+        None, description="At most so many samples of the source are used, always the same ones, chosen by `data.seed`."
+    )
+    max_epochs: PositiveInt | None = Field(
+        None, description="The source ends after so many epochs of its own; the others go on in their proportions."
     )
     template: str | None = Field(None, description="Chat template of this source; null = `data.template`.")
+    mode: Literal["indexed", "stream"] = Field(
+        "indexed",
+        description="`stream` reads tars without an index through the webdataset library: `path` is a folder, a pattern such as `web/{000..041}.tar` or `web/*.tar`, http(s) URLs or a command; without weights a source counts by its shards. A resume reads the shards in work again from their start.",
+    )
+    allow_commands: bool = Field(
+        False, description="Lets `path` of a `stream` source be a `pipe:` command, which runs in a shell."
+    )
+
+
+class TilesConfig(Section):
+    min: PositiveInt = Field(1, description="Fewest tiles of an image.")
+    max: PositiveInt = Field(12, description="Most tiles of an image.")
+    thumbnail: bool = Field(True, description="Adds the whole image as one more tile when there are several.")
+
+
+class AnyresConfig(Section):
+    grids: tuple[tuple[PositiveInt, PositiveInt], ...] | None = Field(
+        None,
+        description="Resolutions (height, width) in pixels, multiples of the tower's; null = 1x2, 2x1, 2x2, 3x1 and 1x3 tiles.",
+    )
+    merge: Literal["flat", "spatial", "spatial_unpad"] = Field(
+        "spatial_unpad",
+        description="Order of the tiles' rows, as in LLaVA: `flat` tile by tile, `spatial` line by line over the whole picture, `spatial_unpad` likewise without the lines that are padding and with a newline token after each line.",
+    )
 
 
 class ImageDataConfig(Section):
-    mode: Literal["resize", "square", "pad"] = Field(
+    mode: Literal["resize", "square", "pad", "tiles", "anyres"] = Field(
         "resize",
-        description="How an image becomes a square: `resize` stretches, `square` cuts the centre, `pad` pads to a square with `fill`.",
+        description="How an image becomes squares: `resize` stretches, `square` cuts the centre, `pad` pads to a square with `fill`, `tiles` cuts it into a grid of like aspect (InternVL), `anyres` fits it into one of some resolutions (LLaVA-NeXT).",
     )
     fill: tuple[int, int, int] = Field((127, 127, 127), description="RGB fill of mode `pad`, 0 to 255.")
     max_pixels: PositiveInt = Field(
         64_000_000, description="Images with more pixels (width x height) are skipped before decoding."
     )
+    tiles: TilesConfig = Field(default_factory=TilesConfig, description="Mode `tiles`.")
+    anyres: AnyresConfig = Field(default_factory=AnyresConfig, description="Mode `anyres`.")
+
+
+class VideoDataConfig(Section):
+    mode: Literal["uniform", "fps", "keyframes", "history"] = Field(
+        "uniform",
+        description="Which frames of a clip are taken: `uniform` over the whole clip, `fps` at a fixed rate (uniform when that gives more than `frames`), `keyframes` those that decode without others, `history` evenly from the past plus the last one (navigation).",
+    )
+    frames: PositiveInt = Field(8, description="Most frames taken from a clip.")
+    fps: PositiveFloat = Field(1.0, description="Frames per second of mode `fps`.")
+    max_s: PositiveFloat = Field(3600.0, description="Clips that are longer, in seconds, are skipped before decoding.")
+
+
+class CacheConfig(Section):
+    dir: str | None = Field(
+        None, description="Folder on a node-local disk for blocks of remote shards and for lengths; null = no cache."
+    )
+    max_gb: PositiveFloat = Field(
+        100.0, description="Size of the cache in GB; the blocks used least recently go first."
+    )
+
+
+class CostConfig(Section):
+    """What a pack costs to compute; `mmscale-data plan CONFIG --fit RUN` prints fitted values."""
+
+    fixed: Annotated[float, Field(ge=0.0)] = Field(0.0, description="Per pack.")
+    token: Annotated[float, Field(ge=0.0)] = Field(description="Per token of the pack.")
+    pair: Annotated[float, Field(ge=0.0)] = Field(
+        description="Per pair of tokens of one document (its length squared)."
+    )
+    vision_input: Annotated[float, Field(ge=0.0)] = Field(0.0, description="Per image, tile or frame.")
+    audio_input: Annotated[float, Field(ge=0.0)] = Field(0.0, description="Per audio window.")
 
 
 class DataConfig(Section):
-    root: str = Field(".", description="Folder that source paths are relative to.")
+    root: str = Field(".", description="Folder or URL that source paths are relative to.")
     sources: dict[str, SourceConfig] = Field(min_length=1, description="Training data: name -> source.")
     seq_len: PositiveInt = Field(description="Tokens per pack (text and media rows together).")
     plan_group: PositiveInt = Field(
         8,
         description="Packs of like cost that are kept together; choose at least the largest data-parallel size you intend.",
     )
-    window: PositiveInt = Field(4096, description="Samples planned at a time.")
+    window: PositiveInt | None = Field(
+        None,
+        description="Samples planned at a time; null = enough for 16 groups of packs, at least 4096. Never more than 49152, nor more than helps in a small set.",
+    )
+    shuffle_block: PositiveInt = Field(
+        64,
+        description="Neighbouring samples that are drawn together, so that reads stay long; small sources use shorter blocks.",
+    )
+    max_images_per_pack: PositiveInt | None = Field(
+        None, description="Most tower inputs (images, tiles, frames) in a pack; null = no limit."
+    )
+    cost: CostConfig | None = Field(
+        None, description="Cost of a pack, in any unit; null = FLOPs from the model's configuration."
+    )
     workers: Count = Field(2, description="Loader processes per rank; 0 decodes in the trainer.")
     prefetch: PositiveInt = Field(4, description="Packs that each loader process prepares ahead.")
     seed: int = Field(0, description="Seed of the order and the packing.")
@@ -121,7 +205,16 @@ class DataConfig(Section):
     max_bad: Fraction = Field(
         0.01, description="Share of bad samples above which the run stops, judged from 1000 samples on."
     )
+    max_bad_in_a_row: PositiveInt = Field(
+        200, description="Bad samples of one source in a row (in the order of the plan) at which the run stops."
+    )
+    sample_timeout_s: PositiveFloat = Field(
+        60.0,
+        description="Seconds after which a sample that is still being decoded is given up; needs `workers` of 1 or more.",
+    )
     image: ImageDataConfig = Field(default_factory=ImageDataConfig, description="Image preparation.")
+    video: VideoDataConfig = Field(default_factory=VideoDataConfig, description="Video preparation.")
+    cache: CacheConfig = Field(default_factory=CacheConfig, description="Node-local cache of remote data.")
 
 
 class ParallelConfig(Section):

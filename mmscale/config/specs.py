@@ -9,14 +9,23 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mmscale.config.schema import AudioConfig, ImageDataConfig, ModelConfig, TowerConfig, VisionConfig
+from mmscale.config.schema import (
+    AnyresConfig,
+    AudioConfig,
+    DataConfig,
+    ImageDataConfig,
+    ModelConfig,
+    TilesConfig,
+    TowerConfig,
+    VisionConfig,
+)
 from mmscale.errors import ConfigError
 from mmscale.registry import nearest
-from mmscale.types import AudioSpec, ImageSpec, MediaSpecs
+from mmscale.types import NEWLINE_TOKEN, AudioSpec, ImageSpec, MediaSpecs, VideoSpec
 
 _HALF = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 """Composite checkpoints, of which the image half is used."""
@@ -46,6 +55,8 @@ _STRIDES = {
     "mlp_downsample_3x3": 3,
     "mlp_downsample_3x3_fix": 3,
 }
+_ANYRES_TILES = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+"""The grids of LLaVA-NeXT in its order, (lines, columns) of tiles."""
 _MLP = re.compile(r"mlp([1-9])x_gelu")
 
 
@@ -95,7 +106,7 @@ def grid_rows(height: int, width: int, stride: int) -> int:
     return -(-height // stride) * -(-width // stride)
 
 
-def media_specs(model: ModelConfig, image: ImageDataConfig) -> MediaSpecs:
+def media_specs(model: ModelConfig, data: DataConfig) -> MediaSpecs:
     """The media that `model` takes and the connector rows of each, from its configuration.
 
     Raises:
@@ -103,9 +114,23 @@ def media_specs(model: ModelConfig, image: ImageDataConfig) -> MediaSpecs:
             tower; the text names the key.
     """
     return MediaSpecs(
-        image=None if model.vision is None else _image_spec(model.vision, image),
+        image=None if model.vision is None else _image_spec(model.vision, data.image),
+        video=None
+        if model.vision is None
+        else VideoSpec(data.video.frames, data.video.mode, data.video.fps, data.video.max_s),
         audio=None if model.audio is None else _audio_spec(model.audio),
     )
+
+
+def extra_tokens(data: DataConfig) -> tuple[str, ...]:
+    """The special tokens that the data needs in the tokenizer besides those of media and templates.
+
+    Example:
+        >>> extra_tokens(DataConfig(sources={"a": {"path": "a"}}, seq_len=64, image={"mode": "anyres"}))
+        ('<image_newline>',)
+    """
+    has_lines = data.image.mode == "anyres" and data.image.anyres.merge == "spatial_unpad"
+    return (NEWLINE_TOKEN,) if has_lines else ()
 
 
 def tower_config(part: TowerConfig, where: str) -> dict[str, Any]:
@@ -115,7 +140,7 @@ def tower_config(part: TowerConfig, where: str) -> dict[str, Any]:
         part: the tower's section.
         where: its key (`model.vision`), for the error text.
     """
-    raw = dict(part.config) if part.config is not None else _read_json(part.path or "", where)
+    raw = dict(part.config) if part.config is not None else read_hf_config(part.path or "", where)
     kind = raw.get("model_type")
     if kind in _HALF and where.endswith("vision"):
         raw = {**raw.get("vision_config", {}), "model_type": _HALF[kind]}
@@ -142,15 +167,43 @@ def vision_grid(config: dict[str, Any]) -> VisionGrid:
 def _image_spec(part: VisionConfig, image: ImageDataConfig) -> ImageSpec:
     grid = vision_grid(tower_config(part, "model.vision"))
     stride = connector_stride(part.connector)
-    rows = grid_rows(grid.side, grid.side, stride)
-    if part.select_feature == "cls_patch":
-        if stride > 1 and grid.prefix:
+    side, rows = -(-grid.side // stride), grid_rows(grid.side, grid.side, stride)
+    if part.select_feature == "cls_patch" and grid.prefix:
+        if stride > 1:
             raise ConfigError(
                 f"model.vision.connector={part.connector} folds a grid of patches, which class tokens are not part of; "
                 f"found select_feature=cls_patch; set select_feature=patch or a connector without down-sampling"
             )
-        rows += grid.prefix
-    return ImageSpec(size=grid.size, tokens=rows, mode=image.mode, fill=image.fill)
+        side, rows = 0, rows + grid.prefix
+    spec = ImageSpec(size=grid.size, tokens=rows, mode=image.mode, fill=image.fill, side=side)
+    if image.mode == "tiles":
+        return _with_tiles(spec, image.tiles)
+    return _with_grids(spec, image.anyres) if image.mode == "anyres" else spec
+
+
+def _with_tiles(spec: ImageSpec, tiles: TilesConfig) -> ImageSpec:
+    if tiles.min > tiles.max:
+        raise ConfigError(
+            f"data.image.tiles.min={tiles.min} must be at most data.image.tiles.max={tiles.max}; change one of them"
+        )
+    return replace(spec, min_tiles=tiles.min, max_tiles=tiles.max, thumbnail=tiles.thumbnail)
+
+
+def _with_grids(spec: ImageSpec, anyres: AnyresConfig) -> ImageSpec:
+    size = spec.size
+    for grid in anyres.grids or ():
+        if any(pixels % size for pixels in grid):
+            raise ConfigError(
+                f"data.image.anyres.grids: multiples of the tower's {size} pixels are expected, found {list(grid)}; "
+                f"correct it, or remove the key for the grids of LLaVA-NeXT"
+            )
+    if anyres.merge != "flat" and not spec.side:
+        raise ConfigError(
+            f"data.image.anyres.merge={anyres.merge} joins the tiles' grids of patches, which class tokens are not part of; "
+            f"found model.vision.select_feature=cls_patch; set select_feature=patch, or merge=flat"
+        )
+    grids = anyres.grids or tuple((lines * size, columns * size) for lines, columns in _ANYRES_TILES)
+    return replace(spec, grids=grids, merge=anyres.merge)
 
 
 def _audio_spec(part: AudioConfig) -> AudioSpec:
@@ -221,7 +274,8 @@ def _one_number(value: Any, key: str) -> int:
     return int(next(iter(values)))
 
 
-def _read_json(folder: str, where: str) -> dict[str, Any]:
+def read_hf_config(folder: str, where: str) -> dict[str, Any]:
+    """The `config.json` of a Hugging Face folder; `where` is the key that names it. Raises ConfigError."""
     path = Path(folder) / "config.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

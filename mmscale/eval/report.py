@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmscale.errors import MissingExtraError
+from mmscale.figure import new_figure
 
 
 def read_metrics(run: Path) -> tuple[dict[int, float], dict[int, float], list[int]]:
@@ -31,23 +30,14 @@ def draw_report(run: Path, answers: Sequence[Mapping[str, Any]], scores: Mapping
 
     Args:
         run: the run directory.
-        answers: up to 24 rows with `image` (encoded bytes), `question`, `answer`, `truth`.
+        answers: up to 24 rows with `picture` (uint8 [height, width, 3]), `question`, `answer`, `truth`.
         scores: task -> score text, shown beside the curves.
         out: the PNG to write.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "demo", "the report picture", error) from error
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    assert matplotlib is not None, "imported above"
-    figure = Figure(figsize=(14, 11), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(14, 11, "the report picture")
     halves: Any = figure.subfigures(2, 1, height_ratios=[1, 1.6])
     top, bottom = halves
     axes = top.subplots(1, 2, width_ratios=[3, 1])
@@ -89,10 +79,7 @@ def _draw_scores(axes: Any, scores: Mapping[str, str]) -> None:
 
 
 def _draw_answer(cell: Any, row: Mapping[str, Any]) -> None:
-    from PIL import Image
-
-    with Image.open(io.BytesIO(row["image"])) as image:
-        cell.imshow(image.convert("RGB"))
+    cell.imshow(row["picture"])
     right = row["answer"] == row["truth"]
     cell.set_title(
         f"{row['question']}\nanswer: {row['answer']}   truth: {row['truth']}",

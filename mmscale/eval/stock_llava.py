@@ -23,7 +23,7 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 IMAGE = re.compile(r"(?:(\d+)\.)?(png|jpe?g|webp)")
-OTHER_MEDIA = re.compile(r"(?:\d+\.)?(flac|wav|mp3|ogg|mp4|webm|mkv)")
+OTHER_MEDIA = re.compile(r"(?:\d+\.)?(flac|wav|mp3|ogg|m4a|aac|mp4|webm|mkv)")
 
 
 def rows(folder: Path) -> Iterator[dict[str, Any]]:

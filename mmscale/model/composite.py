@@ -115,7 +115,7 @@ def build_model(config: Config, vocab_size: int, specs: MediaSpecs) -> Multimoda
 
     Args:
         vocab_size: rows of the padded vocabulary.
-        specs: from `media_specs(config.model, config.data.image)`.
+        specs: from `media_specs(config.model, config.data)`.
 
     Raises:
         ConfigError: a part that cannot be built; the text names its key.

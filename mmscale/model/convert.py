@@ -22,6 +22,8 @@ _LLAVA_CONNECTOR = {
     "vision.connector.0.": "multi_modal_projector.linear_1.",
     "vision.connector.2.": "multi_modal_projector.linear_2.",
 }
+LLAVA_IMAGE_MODES = ("resize", "square")
+"""Image modes for which transformers has an image processor that works with the LLaVA class."""
 _LLAVA_TOWERS = ("clip_vision_model", "siglip_vision_model")
 _HEAD_WITH_BIAS = ("phi",)
 
@@ -91,6 +93,9 @@ def llava_refusals(config: MmscaleConfig, drop: tuple[str, ...] = ()) -> list[st
         reasons.append(f"its vision tower is {config.vision_config.model_type}, not CLIP or SigLIP")
     elif config.vision_select_layer is None and config.vision_config.model_type != "clip_vision_model":
         reasons.append("it uses the tower's final norm (select_layer null), which LLaVA skips")
+    if config.image_spec["mode"] not in LLAVA_IMAGE_MODES:
+        modes = " or ".join(LLAVA_IMAGE_MODES)
+        reasons.append(f"its images are prepared with data.image.mode={config.image_spec['mode']}, not {modes}")
     if "image" not in config.media_token_ids:
         reasons.append("it has no token for images")
     return reasons
@@ -145,11 +150,10 @@ def _llava_constants(config: MmscaleConfig) -> dict[str, tuple[tuple[int, ...], 
 
 
 def _without(config: MmscaleConfig, parts: tuple[str, ...]) -> MmscaleConfig:
+    lost = {"vision": ("image", "video"), "audio": ("audio",)}
     values = config.to_dict()
     for part in parts:
-        spec = "image_spec" if part == "vision" else "audio_spec"
-        values |= {f"{part}_config": None, f"{part}_connector": None, spec: None}
-    lost = {"vision": ("image", "video"), "audio": ("audio",)}
+        values |= {f"{part}_config": None, f"{part}_connector": None, **{f"{m}_spec": None for m in lost[part]}}
     gone = {modality for part in parts for modality in lost[part]}
     values["media_token_ids"] = {m: i for m, i in config.media_token_ids.items() if m not in gone}
     out = MmscaleConfig(**values)

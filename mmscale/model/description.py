@@ -18,7 +18,7 @@ from mmscale.config.schema import LlmConfig, ModelConfig, TowerConfig
 from mmscale.config.specs import tower_config
 from mmscale.errors import ConfigError
 from mmscale.registry import nearest
-from mmscale.types import AudioSpec, ImageSpec, MediaSpecs
+from mmscale.types import AudioSpec, ImageSpec, MediaSpecs, VideoSpec
 
 _CLIP_STATS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 _IMAGE_STATS = {
@@ -38,8 +38,8 @@ class MmscaleConfig(PretrainedConfig):
 
     `text_config`, `vision_config`, `audio_config`: Hugging Face configurations of the untruncated parts (None = absent).
     `*_select_layer`, `*_connector`, `vision_select_feature`: as in the run's configuration. `image_mean`, `image_std`: pixel
-    normalisation. `image_spec`, `audio_spec`: the fields of `ImageSpec` and `AudioSpec`. `media_token_ids`: modality ->
-    token id of its slots. `template`: chat template name.
+    normalisation. `image_spec`, `video_spec`, `audio_spec`: the fields of `ImageSpec`, `VideoSpec` and `AudioSpec`.
+    `media_token_ids`: modality -> token id of its slots. `template`: chat template name.
     """
 
     model_type = "mmscale"
@@ -60,6 +60,7 @@ class MmscaleConfig(PretrainedConfig):
         image_mean: tuple[float, ...] | None = None,
         image_std: tuple[float, ...] | None = None,
         image_spec: dict[str, Any] | None = None,
+        video_spec: dict[str, Any] | None = None,
         audio_connector: str | None = None,
         audio_select_layer: int | None = None,
         audio_spec: dict[str, Any] | None = None,
@@ -76,6 +77,7 @@ class MmscaleConfig(PretrainedConfig):
         self.image_mean = tuple(image_mean or ())
         self.image_std = tuple(image_std or ())
         self.image_spec: Any = image_spec
+        self.video_spec: Any = video_spec
         self.audio_connector = audio_connector
         self.audio_select_layer = audio_select_layer
         self.audio_spec: Any = audio_spec
@@ -87,10 +89,10 @@ class MmscaleConfig(PretrainedConfig):
     @property
     def specs(self) -> MediaSpecs:
         """The media that the model takes."""
-        image, audio = self.image_spec, self.audio_spec
         return MediaSpecs(
-            image=None if image is None else ImageSpec(**{**image, "fill": tuple(image["fill"])}),
-            audio=None if audio is None else AudioSpec(**audio),
+            image=None if self.image_spec is None else ImageSpec(**_with_tuples(self.image_spec)),
+            video=None if self.video_spec is None else VideoSpec(**self.video_spec),
+            audio=None if self.audio_spec is None else AudioSpec(**self.audio_spec),
         )
 
 
@@ -122,6 +124,7 @@ def describe(
             "image_mean": mean,
             "image_std": std,
             "image_spec": asdict(specs.image),
+            "video_spec": None if specs.video is None else asdict(specs.video),
         }
     if model.audio is not None and specs.audio is not None:
         values |= {
@@ -209,6 +212,13 @@ def _part_config(part: TowerConfig, where: str) -> PretrainedConfig:
 
 def _as_config(value: PretrainedConfig | dict[str, Any] | None) -> PretrainedConfig | None:
     return AutoConfig.for_model(**value) if isinstance(value, dict) else value
+
+
+def _with_tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that they were."""
+    if isinstance(value, dict):
+        return {key: _with_tuples(item) for key, item in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def _image_stats(part: TowerConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -6,8 +6,10 @@ input, D width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import (
@@ -22,7 +24,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from mmscale.errors import DataError
 from mmscale.kernels.placement import place_media
 from mmscale.model.description import MmscaleConfig
-from mmscale.model.encoder import MediaEncoder, build_audio, build_vision
+from mmscale.model.encoder import build_audio, build_vision
+from mmscale.types import MODALITIES, EncodedMedia, MediaSpecs, Modality
 
 
 class MmscaleForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -59,6 +62,7 @@ class MmscaleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         pixel_values: torch.Tensor | None = None,
         pixel_values_videos: torch.Tensor | None = None,
         input_features: torch.Tensor | None = None,
+        image_rows: torch.Tensor | None = None,
         feature_rows: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -67,10 +71,12 @@ class MmscaleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Next-token logits.
 
         Args:
-            input_ids: int64 [B, S], padded on the left; every media row has its slot (`config.media_token_ids`).
+            input_ids: int64 [B, S], padded on the left; every media row that is read has its slot
+                (`config.media_token_ids`).
             attention_mask: [B, S], 0 on padding.
-            pixel_values: [N, 3, S, S], all images in order of their slots: floats as an image processor gives them, or
-                uint8 pixels. `pixel_values_videos`: frames likewise.
+            pixel_values: [N, 3, S, S], all images in order of their slots, with all their tiles: floats as an image processor
+                gives them, or uint8 pixels. `pixel_values_videos`: frames likewise.
+            image_rows: int64 [image slots], which of the N * P rows of the images stands in each slot; None = all in order.
             input_features: audio windows [N, ...], a clip's windows side by side. `feature_rows`: int64 [clips], rows of
                 each clip; None = every clip is one full window.
 
@@ -80,7 +86,8 @@ class MmscaleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if inputs_embeds is None:
             if input_ids is None:
                 raise DataError("input_ids or inputs_embeds are expected, found neither; pass one of them")
-            inputs_embeds = self._embed(input_ids, pixel_values, pixel_values_videos, input_features, feature_rows)
+            media = self._media_rows(pixel_values, pixel_values_videos, input_features, image_rows, feature_rows)
+            inputs_embeds = self._embed(input_ids, media)
         return cast(
             CausalLMOutputWithPast,
             self.llm(
@@ -93,58 +100,80 @@ class MmscaleForConditionalGeneration(PreTrainedModel, GenerationMixin):
             ),
         )
 
-    def _embed(
-        self,
-        ids_BS: torch.Tensor,
-        images: torch.Tensor | None,
-        frames: torch.Tensor | None,
-        windows: torch.Tensor | None,
-        clip_rows: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def _embed(self, ids_BS: torch.Tensor, media: dict[Modality, torch.Tensor]) -> torch.Tensor:
+        """Embeddings [B, S, D] with the rows of each modality in its slots."""
         text_BSD = self.get_input_embeddings()(ids_BS)
         text_TD, ids_T = text_BSD.flatten(0, 1), ids_BS.flatten()
         source_T = torch.arange(ids_T.numel(), device=ids_T.device)
-        media, first = [], ids_T.numel()
-        for modality, encoder, data in (
-            ("image", self.vision, images),
-            ("video", self.vision, frames),
-            ("audio", self.audio, windows),
-        ):
-            if data is None:
-                continue
-            rows = self._rows(encoder, modality, data, clip_rows if modality == "audio" else None)
+        first = ids_T.numel()
+        for modality, rows_MD in media.items():
             slots = (ids_T == self.config.media_token_ids.get(modality, -1)).nonzero().flatten()
-            if slots.numel() != rows.shape[0]:
+            if slots.numel() != rows_MD.shape[0]:
                 raise DataError(
-                    f"{rows.shape[0]} {modality} slots are expected for the given media, found {slots.numel()} in input_ids; "
+                    f"{rows_MD.shape[0]} {modality} slots are expected for the given media, found {slots.numel()} in input_ids; "
                     f"write the slots of every item into the prompt"
                 )
-            source_T[slots] = torch.arange(first, first + rows.shape[0], device=ids_T.device)
-            media.append(rows)
-            first += rows.shape[0]
-        media_MD = torch.cat(media) if media else text_TD.new_zeros(0, text_TD.shape[1])
+            source_T[slots] = torch.arange(first, first + rows_MD.shape[0], device=ids_T.device)
+            first += rows_MD.shape[0]
+        media_MD = torch.cat([text_TD.new_zeros(0, text_TD.shape[1]), *media.values()])
         return place_media(text_TD, media_MD, source_T).view_as(text_BSD)
 
-    def _rows(
-        self, encoder: MediaEncoder | None, modality: str, data: torch.Tensor, clip_rows: torch.Tensor | None
-    ) -> torch.Tensor:
-        """The rows [M, D] that stand in the prompt: all of an image's, of a clip those that hold sound."""
-        if encoder is None:
-            raise DataError(f"a model that takes {modality} is expected, this one has no encoder for it; leave it out")
-        rows_NPD = encoder(data)
-        rows_MD = rows_NPD.flatten(0, 1)
-        if clip_rows is None:
-            return rows_MD
-        kept, first = [], 0
-        for count in clip_rows.tolist():
-            kept.append(torch.arange(first, first + count, device=rows_MD.device))
-            first += -(-count // encoder.rows) * encoder.rows
-        if first != rows_MD.shape[0]:
-            raise DataError(
-                f"feature_rows need {first // encoder.rows} windows, found {data.shape[0]} in input_features; give each clip "
-                f"ceil(rows / {encoder.rows}) windows"
-            )
-        return rows_MD[torch.cat(kept)] if kept else rows_MD
+    def _media_rows(
+        self,
+        images: torch.Tensor | None,
+        frames: torch.Tensor | None,
+        windows: torch.Tensor | None,
+        image_rows: torch.Tensor | None,
+        clip_rows: torch.Tensor | None,
+    ) -> dict[Modality, torch.Tensor]:
+        """The rows [M, D] of each modality that stand in the prompt, in the order of their slots."""
+        rows: dict[Modality, torch.Tensor] = {}
+        parts = ((self.vision, images), (self.vision, frames), (self.audio, windows))
+        for modality, (encoder, data) in zip(MODALITIES, parts, strict=True):
+            if data is None:
+                continue
+            if encoder is None:
+                raise DataError(
+                    f"a model that takes {modality} is expected, this one has no encoder for it; leave it out"
+                )
+            rows_MD = encoder(data).flatten(0, 1)
+            if modality == "image" and image_rows is not None:
+                rows_MD = rows_MD[image_rows]
+            if modality == "audio" and clip_rows is not None:
+                rows_MD = rows_MD[_sounding(clip_rows.tolist(), encoder.rows, data.shape[0]).to(rows_MD.device)]
+            rows[modality] = rows_MD
+        return rows
+
+
+def _sounding(clip_rows: list[int], rows_per_window: int, num_windows: int) -> torch.Tensor:
+    """The rows, of all windows side by side, that hold sound: the first `clip_rows[i]` of those of clip i."""
+    kept, first = [torch.zeros(0, dtype=torch.int64)], 0
+    for count in clip_rows:
+        kept.append(torch.arange(first, first + count))
+        first += -(-count // rows_per_window) * rows_per_window
+    if first != num_windows * rows_per_window:
+        raise DataError(
+            f"feature_rows need {first // rows_per_window} windows, found {num_windows} in input_features; give each clip "
+            f"ceil(rows / {rows_per_window}) windows"
+        )
+    return torch.cat(kept)
+
+
+def media_inputs(media: Sequence[EncodedMedia], specs: MediaSpecs) -> dict[str, torch.Tensor]:
+    """The media arguments of `MmscaleForConditionalGeneration` for all items of a batch, in the order of their slots."""
+    by_modality = {m: [item for item in media if item.modality == m] for m in MODALITIES}
+    names = {"image": "pixel_values", "video": "pixel_values_videos", "audio": "input_features"}
+    inputs = {names[m]: torch.cat([item.data for item in items]) for m, items in by_modality.items() if items}
+    if by_modality["image"]:
+        rows, first = [], 0
+        for item in by_modality["image"]:
+            own = np.arange(item.num_tokens) if item.rows is None else item.rows[item.rows >= 0]
+            rows.append(first + own)
+            first += len(item.data) * specs.rows_per_input("image")
+        inputs["image_rows"] = torch.from_numpy(np.concatenate(rows))
+    if by_modality["audio"]:
+        inputs["feature_rows"] = torch.tensor([item.num_tokens for item in by_modality["audio"]])
+    return inputs
 
 
 def register() -> None:

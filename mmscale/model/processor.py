@@ -8,20 +8,17 @@ from typing import Any
 import transformers
 from transformers import AutoTokenizer, LlavaProcessor
 
-from mmscale.errors import ConfigError
+from mmscale.model.convert import LLAVA_IMAGE_MODES
 from mmscale.model.description import MmscaleConfig
 
 _BICUBIC = 3
 
 
 def save_llava_processor(folder: Path, config: MmscaleConfig, chat_template: str) -> None:
-    """Writes `processor_config.json` and the chat template beside the tokenizer that is already in `folder`.
-
-    Raises:
-        ConfigError: the image mode has no counterpart among the stock processors.
-    """
+    """Writes `processor_config.json` and the chat template beside the tokenizer that is already in `folder`."""
     spec = config.specs.image
     assert spec is not None, "export_plan refuses a LLaVA export without images"
+    assert spec.mode in LLAVA_IMAGE_MODES, "export_plan refuses other modes"
     common: dict[str, Any] = {
         "resample": _BICUBIC,
         "image_mean": list(config.image_mean),
@@ -29,13 +26,9 @@ def save_llava_processor(folder: Path, config: MmscaleConfig, chat_template: str
     }
     if spec.mode == "resize":
         image = _image_processor("Siglip")(size={"height": spec.size, "width": spec.size}, **common)
-    elif spec.mode == "square":
+    else:
         crop = {"height": spec.size, "width": spec.size}
         image = _image_processor("CLIP")(size={"shortest_edge": spec.size}, crop_size=crop, **common)
-    else:
-        raise ConfigError(
-            f"data.image.mode={spec.mode}: expected resize or square for a stock LLaVA export; use --target mmscale"
-        )
     has_class_token = config.vision_config.model_type == "clip_vision_model"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     LlavaProcessor(

@@ -48,6 +48,15 @@ def gather_objects(mesh: Mesh, item: T) -> list[T] | None:
     return items
 
 
+def all_gather_objects(mesh: Mesh, item: T) -> list[T]:
+    """The items of all ranks in rank order, on every rank."""
+    if mesh.host_group is None:
+        return [item]
+    items: list[T] = [item] * mesh.world_size
+    dist.all_gather_object(items, item, group=mesh.host_group)
+    return items
+
+
 def broadcast_object(mesh: Mesh, item: T) -> T:
     """Rank 0's item, on every rank; what the other ranks pass is ignored."""
     if mesh.host_group is None:

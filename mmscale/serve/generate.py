@@ -8,17 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from mmscale.errors import BadSampleError, ConfigError, DataError
-from mmscale.model.hub import register
-from mmscale.streaming.chat import ChatTemplate, encode_chat, load_template
-from mmscale.streaming.decode.audio import decode_audio
-from mmscale.streaming.decode.image import decode_image, open_image
+from mmscale.model.hub import media_inputs, register
+from mmscale.streaming.chat import ChatTemplate, load_template
+from mmscale.streaming.decode.image import open_image
+from mmscale.streaming.encode import decode_media, encode_turns
 from mmscale.streaming.tokenizer import TextTokenizer
-from mmscale.types import MediaSpecs, Modality, Sample
+from mmscale.types import EncodedMedia, MediaSpecs, Sample
 
 CHAT_FILE = "chat.yaml"
 """The chat template that an export of mmscale's own class carries."""
@@ -57,33 +59,19 @@ class OwnPrompts:
 
     def build(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
         """See `Prompts.build`. Raises DataError naming the sample and what is wrong with it."""
-        rows, images, windows, feature_rows = [], [], [], []
+        texts: list[NDArray[np.int64]] = []
+        media: list[EncodedMedia] = []
         for sample in samples:
-            counts: dict[Modality, list[int]] = {}
             try:
-                for item in sample.media:
-                    if item.modality == "image" and self._specs.image is not None:
-                        images.append(decode_image(item.data, self._specs.image, MAX_PIXELS))
-                        tokens = self._specs.image.tokens
-                    elif item.modality == "audio" and self._specs.audio is not None:
-                        features, num_samples = decode_audio(item.data, self._specs.audio)
-                        windows.append(features)
-                        tokens = self._specs.audio.num_tokens(num_samples)
-                        feature_rows.append(tokens)
-                    else:
-                        raise BadSampleError("modality", f"the model takes no {item.modality}")
-                    counts.setdefault(item.modality, []).append(tokens)
-                rows.append(
-                    encode_chat(self._template, self._tokenizer, sample.turns, counts, generation_prompt=True).input_ids
+                decoded = [decode_media(item, self._specs, MAX_PIXELS) for item in sample.media]
+                chat, placed = encode_turns(
+                    self._template, self._tokenizer, sample.turns, decoded, generation_prompt=True
                 )
             except BadSampleError as error:
                 raise _unreadable(sample, error) from error
-        inputs = _pad_left(rows, self._tokenizer.pad_id)
-        if images:
-            inputs["pixel_values"] = torch.stack(images)
-        if windows:
-            inputs |= {"input_features": torch.cat(windows), "feature_rows": torch.tensor(feature_rows)}
-        return inputs
+            texts.append(chat.input_ids)
+            media += placed
+        return {**_pad_left(texts, self._tokenizer.pad_id), **media_inputs(media, self._specs)}
 
     def decode(self, ids: Sequence[int]) -> str:
         """See `Prompts.decode`."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import lru_cache
 from itertools import chain
@@ -37,6 +37,7 @@ class ChatTemplate:
     A conversation is `begin`, then per turn `system`, `user`, or `assistant` + answer + `end` + `after`. `end` is a
     target, `after` is not. `last_end` replaces `end` when the answer closes the conversation. `default_system` is used
     when no system turn comes first. `user_text: media_only` drops the text of user turns and keeps their placeholders.
+    A document has no turns: it is `begin`, its text with its media, and the end of a closing answer.
     `specials` are the strings in these texts that are special tokens.
     """
 
@@ -164,18 +165,29 @@ class _Rendering:
 
     def user(self, text: str, modalities: Collection[Modality]) -> None:
         """Appends a user's text; tags of the given modalities are media, all else is plain."""
-        keep = self._template.user_text == "keep"
-        run = []
-        for i, part in enumerate(_TAG.split(text)):
-            if i % 2 == 0:
-                run.append(part)
-            elif part in modalities:
-                self.add("text", "".join(run) if keep else "")
-                run = []
-                self.add(part, MEDIA_TOKENS[part])  # type: ignore[index]
-            else:
-                run.append(f"<{part}>")
-        self.add("text", "".join(run) if keep else "")
+        for kind, part in _split_media(text, modalities):
+            if kind != "text" or self._template.user_text == "keep":
+                self.add(kind, part)
+
+    def document(self, text: str, modalities: Collection[Modality]) -> None:
+        """Appends a document: its words are targets, its media are not."""
+        for kind, part in _split_media(text, modalities):
+            self.add(kind, part, is_target=kind == "text")
+
+
+def _split_media(text: str, modalities: Collection[Modality]) -> Iterator[tuple[str, str]]:
+    """(kind, text) of a text's runs and of its tags of the given modalities; other tags are plain text."""
+    run = ""
+    for i, part in enumerate(_TAG.split(text)):
+        if i % 2 == 0:
+            run += part
+        elif part in modalities:
+            yield "text", run
+            yield part, MEDIA_TOKENS[part]  # type: ignore[index]
+            run = ""
+        else:
+            run += f"<{part}>"
+    yield "text", run
 
 
 def _render(
@@ -184,10 +196,16 @@ def _render(
     """The pieces of a conversation, in order."""
     if generation_prompt and turns and turns[-1].role == "assistant":
         turns = turns[:-1]
-    if template.default_system is not None and (not turns or turns[0].role != "system"):
+    is_document = bool(turns) and turns[0].role == "document"
+    if template.default_system is not None and not is_document and (not turns or turns[0].role != "system"):
         turns = [Turn("system", template.default_system), *turns]
     out = _Rendering(template)
     out.fixed(template.begin)
+    if is_document:
+        out.document(turns[0].text, modalities)
+        if not generation_prompt:
+            out.fixed(template.last_end or template.end, is_target=True)
+        return out.pieces
     for i, turn in enumerate(turns):
         if turn.role == "assistant":
             closes = i == len(turns) - 1 and not generation_prompt
@@ -243,7 +261,7 @@ def encode_chat(
     Args:
         template: the chat template.
         tokenizer: knows the template's special tokens.
-        turns: the conversation. Placeholders count in user turns only.
+        turns: the conversation, or one document. Placeholders count in user turns and documents only.
         media_tokens: per modality, the number of tokens of each item in order. Tags of a modality without items are
             plain text.
         generation_prompt: leave out a closing assistant turn and end where its answer would start.

@@ -77,13 +77,13 @@ def _place_media(
             continue
         batch = _gather(items, starts)
         num_rows = batch.num_inputs.numpy() * specs.rows_per_input(modality)
-        num_tokens, slot = batch.num_tokens.numpy(), batch.slot.numpy()
         _check_rows(items, documents, num_rows)
-        item_row = first_row + np.cumsum(num_rows) - num_rows
-        # An item takes the first `num_tokens` of its rows: all of them, but for the last, part-filled audio window.
-        within = np.arange(num_tokens.sum()) - np.repeat(np.cumsum(num_tokens) - num_tokens, num_tokens)
-        source_index[np.repeat(slot, num_tokens) + within] = np.repeat(item_row, num_tokens) + within
-        first_row += int(num_rows.sum())
+        for (_, item), slot, count in zip(items, batch.slot.tolist(), num_rows.tolist(), strict=True):
+            # An item without a map takes its first rows: all of them, but for the last, part-filled audio window.
+            row = np.arange(item.num_tokens) if item.rows is None else item.rows
+            is_media = row >= 0
+            source_index[slot : slot + item.num_tokens][is_media] = first_row + row[is_media]
+            first_row += count
         media[modality] = batch
     return media, source_index
 
@@ -102,7 +102,11 @@ def _gather(items: list[tuple[int, EncodedMedia]], starts: Ints) -> MediaBatch:
 
 def _check_rows(items: list[tuple[int, EncodedMedia]], documents: Sequence[EncodedSample], num_rows: Ints) -> None:
     for (i, item), rows in zip(items, num_rows.tolist(), strict=True):
-        if item.num_tokens > rows or item.slot + item.num_tokens > len(documents[i]):
+        if item.rows is None:
+            fits = item.num_tokens <= rows
+        else:
+            fits = len(item.rows) == item.num_tokens and item.rows.max(initial=-1) < rows
+        if not fits or item.slot + item.num_tokens > len(documents[i]):
             text = f"expected at most {rows} {item.modality} tokens inside {len(documents[i])} tokens of the document"
             where = f"found {item.num_tokens} at {item.slot} in {documents[i].id}"
             raise DataError(f"{text}, {where}; the encoder and the model's media specs disagree")

@@ -8,32 +8,39 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import tee
+from typing import Any
 
-from mmscale.config.schema import DataConfig, SourceConfig
+import numpy as np
+
+from mmscale.config.mixture import leaf_sources, mixture_shares
+from mmscale.config.schema import CostConfig, DataConfig, SourceConfig
 from mmscale.errors import ConfigError, DataError, RefusedInputError
 from mmscale.logging import get_logger
 from mmscale.streaming.chat import load_template
 from mmscale.streaming.collate import collate
 from mmscale.streaming.decode.dsp import require_audio
+from mmscale.streaming.draws import PlanSource
 from mmscale.streaming.encode import Encoder
-from mmscale.streaming.lengths import sample_lengths
+from mmscale.streaming.lengths import ALONE, Turn, sample_lengths
 from mmscale.streaming.plan import (
+    BY_SIZE,
     PLAN_VERSION,
-    TOO_LONG,
+    TOO_MANY_IMAGES,
+    Drop,
     Pack,
     Plan,
     PlannedStep,
-    PlanSource,
-    mixture_shares,
+    PlanRules,
     plan_pass,
 )
+from mmscale.streaming.remix import SourceFacts
 from mmscale.streaming.shards import ShardSet
 from mmscale.streaming.state import StreamFacts, StreamState
+from mmscale.streaming.storage.urls import join_root
 from mmscale.streaming.tokenizer import TextTokenizer
 from mmscale.streaming.workers import Source, read_packs
 from mmscale.types import MediaSpecs, PackedBatch, Skip
@@ -56,6 +63,11 @@ class StepBatch:
     num_epochs: float
     planned: PlannedStep
     facts: StreamFacts
+    sources: tuple[Source, ...]
+
+    def left_out(self) -> tuple[Skip, ...]:
+        """Rows that the plan left out on the way, because their length or header said so; no pack has a place for them."""
+        return tuple(_left_out(self.sources[drop.source_idx], drop) for drop in self.planned.dropped)
 
     def state_after(self, before: StreamState | None, skips: Sequence[Skip]) -> StreamState:
         """The resume point after this step, equal on all ranks.
@@ -65,17 +77,21 @@ class StepBatch:
             skips: what `PackedBatch.skipped` says in this step on all ranks together, in any order.
 
         Raises:
-            DataError: more than `data.max_bad` of the samples were bad.
+            DataError: more than `data.max_bad` of the samples were bad, or `data.max_bad_in_a_row` of a source in a row.
         """
-        return (before or StreamState(self.facts)).after(self.planned, skips)
+        return (before or StreamState(self.facts)).after(self.planned, skips, self.ids)
 
 
 @dataclass(frozen=True)
 class Stream:
-    """The data of a run on one data-parallel rank. Open one with `Stream.open`."""
+    """The data of a run on one data-parallel rank. Open one with `Stream.open`.
+
+    `plan_sources[i]` is what the plan knows of `sources[i]`, the leaves of the mixture by name.
+    """
 
     facts: StreamFacts
     data: DataConfig
+    rules: PlanRules
     sources: tuple[Source, ...]
     plan_sources: tuple[PlanSource, ...]
     global_batch: int
@@ -91,19 +107,23 @@ class Stream:
         tokenizer: TextTokenizer,
         specs: MediaSpecs,
         *,
+        cost: CostConfig,
         global_batch: int,
         dp_rank: int,
         dp_size: int,
         workers: int,
+        turn: Turn = ALONE,
     ) -> Stream:
         """The stream over `sources`; their token lengths are computed when they are not stored beside the shards.
 
         Args:
             data: order, packing and bad-sample rules.
-            sources: name -> source; `data.sources`, or the validation sources.
+            sources: name -> source or mixture; `data.sources`, or the validation sources.
             tokenizer, specs: those of the model.
+            cost: of a pack, see `mmscale.config.cost.run_cost`.
             global_batch: packs per step over all ranks, a multiple of `dp_size`.
             workers: loader processes of this rank; 0 decodes in this process.
+            turn: this process's part in computing the lengths.
 
         Raises:
             ConfigError: `global_batch` does not divide, or a template or weight is wrong.
@@ -116,42 +136,52 @@ class Stream:
             raise ConfigError(f"{text}; use {-(-global_batch // dp_size) * dp_size}")
         if specs.audio is not None:
             require_audio()  # here and not in a worker: the import is slow, and a missing package ends the run at once
-        opened = tuple(_open_source(name, source, data, tokenizer, specs) for name, source in sources.items())
-        planned = tuple(_plan_source(source, sources[source.name], data.on_error) for source in opened)
-        return cls(_facts(data, opened, planned), data, opened, planned, global_batch, dp_rank, dp_size, workers)
+        leaves = leaf_sources(sources)
+        opened = tuple(
+            Source(name, open_shards(data, leaf), open_encoder(data, leaf, tokenizer, specs))
+            for name, leaf in leaves.items()
+        )
+        planned = [_plan_source(source, leaves[source.name], data, turn) for source in opened]
+        shares = mixture_shares(sources, {p.name: p.num_rows for p in planned})
+        planned = [replace(p, share=shares[p.name]) for p in planned]
+        rules = PlanRules.of(data, cost)
+        facts = _facts(data, rules, opened, planned)
+        return cls(facts, data, rules, opened, tuple(planned), global_batch, dp_rank, dp_size, workers)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The plan of the training steps. Raises RefusedInputError when a source has no usable row."""
+        return Plan(self.plan_sources, self.rules)
 
     def restore(self, data: Mapping[str, Any]) -> StreamState:
         """The state that `StreamState.to_dict` gave. Raises CheckpointError naming what differs in the data."""
         return StreamState.from_dict(data, self.facts)
 
     def steps(self, state: StreamState | None = None) -> Generator[StepBatch, None, None]:
-        """Endless steps from `state` on (None = the beginning); close the iterator to end its worker processes.
+        """Steps from `state` on (None = the beginning); close the iterator to end its worker processes.
 
         Raises:
-            DataError: a worker process died, a shard changed while it was read, or a sample failed under
-                `data.on_error: raise`.
+            DataError: every source has ended (`max_epochs`), a shard changed while it was read, loader processes die again and
+                again, or a sample failed under `data.on_error: raise`.
         """
         state = state or StreamState(self.facts)
-        data, num_seen = self.data, state.num_seen
-        sources = self.plan_sources
-        plan = Plan(sources, seq_len=data.seq_len, plan_group=data.plan_group, window=data.window, seed=data.seed)
-        waiting: deque[PlannedStep] = deque()
-
-        def tasks() -> Iterator[Pack]:
-            for step in plan.steps(state.plan, self.global_batch):
-                waiting.append(step)
-                yield from step.for_rank(self.dp_rank, self.dp_size)
-
-        packs = self._read(tasks())
+        num_seen, step = state.num_seen, None
+        planned, ahead = tee(self.plan.steps(state.plan, self.global_batch))
+        packs = self._read(pack for s in ahead for pack in s.for_rank(self.dp_rank, self.dp_size) if pack)
         try:
-            while True:
-                own = tuple(next(packs) for _ in range(self.global_batch // self.dp_size))
-                step = waiting.popleft()
+            for step in planned:
+                own = tuple(next(packs) if p else self._filler() for p in step.for_rank(self.dp_rank, self.dp_size))
                 ids = tuple(self.sources[d.source_idx].shards.id(d.row) for pack in step.packs for d in pack)
                 num_seen += len(ids) + len(step.dropped)
-                yield StepBatch(own, ids, num_seen / sum(self.facts.num_rows.values()), step, self.facts)
+                yield StepBatch(own, ids, num_seen / self.facts.num_rows, step, self.facts, self.sources)
+            raise DataError(self._ended(state.plan.step if step is None else step.step + 1))
         finally:
             packs.close()
+
+    def _ended(self, num_steps: int) -> str:
+        caps = ", ".join(f"{s.name} ({s.max_epochs})" for s in self.plan_sources)
+        text = f"data.sources: expected data for train.steps, found that every source ends with step {num_steps}"
+        return f"{text} by its max_epochs: {caps}; raise max_epochs of a source, or set train.steps={num_steps}"
 
     def passes(self, max_packs: int | None = None) -> Iterator[PackedBatch]:
         """Every usable sample once in a fixed order, split over the ranks; for validation.
@@ -162,8 +192,7 @@ class Stream:
         Args:
             max_packs: packs over all ranks; None = all.
         """
-        data = self.data
-        packs, dropped = plan_pass(self.plan_sources, seq_len=data.seq_len, window=data.window, seed=data.seed)
+        packs, dropped = plan_pass(self.plan_sources, self.rules)
         if dropped:
             log.info("one pass leaves out %d unusable samples", len(dropped))
         packs = packs[:max_packs]
@@ -174,11 +203,15 @@ class Stream:
         finally:
             read.close()
         if len(own) < -(-len(packs) // self.dp_size):
-            encoder = self.sources[0].encoder
-            yield collate([encoder.filler("filler", 1)], encoder.specs)
+            yield self._filler()
+
+    def _filler(self) -> PackedBatch:
+        """A pack of one token without a target, where there is nothing to learn from."""
+        encoder = self.sources[0].encoder
+        return collate([encoder.filler("filler", 1)], encoder.specs)
 
     def _read(self, tasks: Iterator[Pack]) -> Generator[PackedBatch, None, None]:
-        packs = read_packs(self.sources, tasks, self.workers, self.data.prefetch)
+        packs = read_packs(self.sources, tasks, self.workers, self.data.prefetch, self.data.sample_timeout_s)
         try:
             for pack in packs:
                 if pack.skipped and self.data.on_error == "raise":
@@ -188,10 +221,14 @@ class Stream:
             packs.close()
 
 
-def _open_source(
-    name: str, source: SourceConfig, data: DataConfig, tokenizer: TextTokenizer, specs: MediaSpecs
-) -> Source:
-    encoder = Encoder(
+def _left_out(source: Source, drop: Drop) -> Skip:
+    sample_id, offset = source.shards.id(drop.row), source.shards.offset(drop.row)
+    return Skip(sample_id, drop.reason, "known before it was read", offset, source.name, drop.epoch)
+
+
+def open_encoder(data: DataConfig, source: SourceConfig, tokenizer: TextTokenizer, specs: MediaSpecs) -> Encoder:
+    """How the samples of a source become documents. Raises ConfigError when its template is unknown."""
+    return Encoder(
         tokenizer=tokenizer,
         template=load_template(source.template or data.template),
         specs=specs,
@@ -199,35 +236,54 @@ def _open_source(
         on_long=data.on_long,
         max_pixels=data.image.max_pixels,
     )
-    return Source(name, ShardSet.open(Path(data.root) / source.path, source.path.rstrip("/")), encoder)
 
 
-def _plan_source(source: Source, config: SourceConfig, on_error: Literal["skip", "raise"]) -> PlanSource:
-    lengths = sample_lengths(source.shards, source.encoder)
-    bad = [row for row, reason in lengths.reasons.items() if reason != TOO_LONG]
-    if bad and on_error == "raise":
-        row, shards = bad[0], source.shards
-        skip = Skip(shards.id(row), lengths.reasons[row], "found without decoding it", shards.offset(row), source.name)
+def open_shards(data: DataConfig, source: SourceConfig) -> ShardSet:
+    """The shards of a source that has a path. Raises RefusedInputError when they cannot be used."""
+    path = source.path or ""
+    return ShardSet.open(join_root(data.root, path), path.rstrip("/"), data.cache)
+
+
+def _plan_source(source: Source, config: SourceConfig, data: DataConfig, turn: Turn) -> PlanSource:
+    lengths = sample_lengths(source.shards, source.encoder, turn)
+    tokens, reasons = lengths.tokens, lengths.reasons
+    if data.max_images_per_pack is not None:
+        for row in np.flatnonzero((lengths.vision > data.max_images_per_pack) & (tokens > 0)).tolist():
+            tokens[row], reasons[row] = 0, TOO_MANY_IMAGES
+    bad = [row for row, reason in reasons.items() if reason not in BY_SIZE]
+    if bad and data.on_error == "raise":
+        row, shards = min(bad), source.shards
+        skip = Skip(shards.id(row), reasons[row], "found without decoding it", shards.offset(row), source.name)
         raise RefusedInputError(_raised(skip))
-    return PlanSource(source.name, lengths.tokens, lengths.media_rows, lengths.reasons, config.weight)
+    return PlanSource(
+        source.name, tokens, lengths.vision, lengths.audio, reasons,
+        max_samples=config.max_samples, max_epochs=config.max_epochs,
+    )  # fmt: skip
 
 
-def _facts(data: DataConfig, sources: Sequence[Source], planned: Sequence[PlanSource]) -> StreamFacts:
-    shares = mixture_shares(planned)
+def _facts(data: DataConfig, rules: PlanRules, sources: Sequence[Source], planned: Sequence[PlanSource]) -> StreamFacts:
+    packing = {name: getattr(rules, name) for name in ("seq_len", "plan_group", "window", "seed", "shuffle_block")}
+    packing["max_images_per_pack"] = rules.max_images_per_pack
     fingerprint = {
-        "shards": _digest([[s.name, s.shards.fingerprint] for s in sources]),
-        "mixture": _digest([[s.name, str(share)] for s, share in zip(sources, shares, strict=True)]),
-        "encoding": _digest([s.encoder.fingerprint for s in sources]),
-        "lengths": _digest([hashlib.sha256(p.tokens.tobytes()).hexdigest() for p in planned]),
-        "packing": f"seq_len={data.seq_len} plan_group={data.plan_group} window={data.window} seed={data.seed}",
+        "packing": " ".join(f"{name}={value}" for name, value in packing.items()),
+        "cost": " ".join(f"{name}={value:.12g}" for name, value in rules.cost.model_dump().items()),
         "planner": str(PLAN_VERSION),
     }
-    return StreamFacts(
-        fingerprint=fingerprint,
-        sources=tuple(s.name for s in sources),
-        num_rows={s.name: len(s.shards) for s in sources},
-        unplanned={s.name: dict(s.shards.skipped) for s in sources},
-        max_bad=data.max_bad,
+    facts = {s.name: _source_facts(s, p) for s, p in zip(sources, planned, strict=True)}
+    return StreamFacts(fingerprint, facts, data.max_bad, data.max_bad_in_a_row)
+
+
+def _source_facts(source: Source, planned: PlanSource) -> SourceFacts:
+    unplanned = dict(source.shards.skipped)
+    if planned.num_rows < len(source.shards):
+        unplanned["max_samples"] = len(source.shards) - planned.num_rows
+    digests = {
+        "shards": _digest([source.shards.name, source.shards.fingerprint]),
+        "encoding": _digest(source.encoder.fingerprint),
+        "lengths": planned.digest,
+    }
+    return SourceFacts(
+        planned.num_rows, unplanned, digests, str(planned.share), planned.max_samples, planned.max_epochs
     )
 
 

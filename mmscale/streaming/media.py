@@ -5,13 +5,17 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 from io import BytesIO
-from typing import NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
+from mmscale.errors import BadSampleError
 from mmscale.types import Modality
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 MODALITY_OF: dict[str, Modality] = {
     **dict.fromkeys(("jpg", "jpeg", "png", "webp"), "image"),
-    **dict.fromkeys(("flac", "wav", "mp3", "ogg"), "audio"),
+    **dict.fromkeys(("flac", "wav", "mp3", "ogg", "m4a", "aac"), "audio"),
     **dict.fromkeys(("mp4", "webm", "mkv"), "video"),
 }
 """The media files that are read, by the last part of the extension; no other is ever opened."""
@@ -25,7 +29,10 @@ _EXIF_ORIENTATION = 0x0112
 
 
 class Lengths(NamedTuple):
-    """What a header says: samples per channel, pixels as displayed, frames, frames per 1000 s, Hz; 0 = does not apply."""
+    """What a header says: samples per channel, pixels as displayed, frames, frames per 1000 s, Hz; 0 = does not apply.
+
+    `frames` of a clip are those that can be shown, `keyframes` those of them that decode without others.
+    """
 
     audio_samples: int = 0
     width: int = 0
@@ -33,6 +40,7 @@ class Lengths(NamedTuple):
     frames: int = 0
     fps_milli: int = 0
     rate_hz: int = 0
+    keyframes: int = 0
 
 
 def modality_of(ext: str) -> Modality | None:
@@ -66,14 +74,28 @@ def member_order(ext: str) -> tuple[bool, list[str | int], str]:
     return modality_of(ext) is None, natural, ext
 
 
-def probe(ext: str, data: bytes) -> Lengths:
-    """Lengths of a medium from its header alone; all 0 when it cannot be read: the decoder will name the fault."""
+def probe(ext: str, data: bytes | BinaryIO) -> Lengths:
+    """Lengths of a medium from its header alone; all 0 when it cannot be read: the decoder will name the fault.
+
+    Args:
+        ext: extension of the member.
+        data: the file's bytes; for a video also a seekable file, of which as little is read as its container allows.
+    """
     modality = modality_of(ext)
+    if modality == "video":
+        return _probe_video(data)
+    content = data if isinstance(data, bytes) else data.read()
     if modality == "image":
-        return _probe_image(data)
+        return _probe_image(content)
     if modality == "audio":
-        return _probe_audio(data)
+        return _probe_aac(content) if ext.rpartition(".")[2] in ("m4a", "aac") else _probe_audio(content)
     return Lengths()
+
+
+def exif_orientation(image: Image.Image) -> int:
+    """How the picture was held, 1 to 8 (5 to 8 lie on their side), as far as the header says: nothing is decoded here."""
+    value = image.getexif().get(_EXIF_ORIENTATION, 1) if "exif" in image.info else 1
+    return value if value in range(1, 9) else 1
 
 
 def _probe_image(data: bytes) -> Lengths:
@@ -83,7 +105,7 @@ def _probe_image(data: bytes) -> Lengths:
         # Opening reads the header only, and never allocates by what it claims.
         with Image.open(BytesIO(data), formats=IMAGE_FORMATS) as image:
             width, height = image.size
-            if "exif" in image.info and image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8):
+            if exif_orientation(image) >= 5:
                 width, height = height, width
     except (OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, TypeError, Image.DecompressionBombError):
         return Lengths()
@@ -100,3 +122,23 @@ def _probe_audio(data: bytes) -> Lengths:
     if not (0 < info.samplerate < 1 << 32 and 0 <= info.frames < 1 << 62):
         return Lengths()
     return Lengths(rate_hz=info.samplerate, audio_samples=info.frames)
+
+
+def _probe_aac(data: bytes) -> Lengths:
+    from mmscale.streaming.containers import aac_header
+
+    try:
+        rate_hz, num_samples = aac_header(BytesIO(data))
+    except BadSampleError:
+        return Lengths()
+    return Lengths(rate_hz=rate_hz, audio_samples=num_samples)
+
+
+def _probe_video(data: bytes | BinaryIO) -> Lengths:
+    from mmscale.streaming.containers import open_video
+
+    try:
+        with open_video(BytesIO(data) if isinstance(data, bytes) else data) as video:
+            return Lengths(**video.header(video.packets())._asdict())
+    except BadSampleError:
+        return Lengths()

@@ -1,33 +1,46 @@
 """Which samples form which pack of which step: a pure function of lengths, mixture and seed.
 
 Nothing of ranks, workers or time enters, so every process computes the same plan and a resumed run jumps to its place.
-
-The draws of all sources form one endless stream. Source s has the share `p_s`; its draw k has the virtual time
-`(k + 1/2) / p_s`, and window w covers the virtual times `[w * W, (w + 1) * W)`: so a window is a function of w alone. Draw
-q of a source of N rows is row `permute(q % N)` of epoch `q // N`: each row once per epoch, whatever the shares are.
+`draws.py` says which documents a window holds; here they become packs, groups of packs of like cost, and steps.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import json
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
+from functools import cached_property, lru_cache, partial
+from itertools import pairwise
 from math import ceil
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from mmscale.errors import CheckpointError, ConfigError, RefusedInputError
-from mmscale.streaming.pack import best_fit_decreasing, document_costs
-from mmscale.streaming.permute import permute
+from mmscale.config.cost import document_costs, integer_coefficients
+from mmscale.config.schema import CostConfig, DataConfig
+from mmscale.errors import CheckpointError, RefusedInputError
+from mmscale.logging import get_logger
+from mmscale.streaming.draws import Carry, Drawn, Draws, Mixture, PlanSource
+from mmscale.streaming.pack import Ints, Packs, pack_documents
+from mmscale.streaming.permute import shuffled
 
-PLAN_VERSION = 1
+log = get_logger(__name__)
+T = TypeVar("T")
+
+PLAN_VERSION = 2
 """Part of every data fingerprint: a change of the rules below makes another plan."""
 
 TOO_LONG = "too_long"
 """The reason of rows that are left out because of their length alone."""
+
+TOO_MANY_IMAGES = "too_many_images"
+"""The reason of rows with more vision inputs than a pack may have."""
+
+BY_SIZE = (TOO_LONG, TOO_MANY_IMAGES)
+"""Reasons for which a row is left out though nothing is wrong with it."""
 
 FULL_FILL = 0.98
 """Packs with at least this share of their tokens in use are emitted at once."""
@@ -35,7 +48,12 @@ FULL_FILL = 0.98
 MAX_AGE = 4
 """A document that was carried over so many windows is emitted, however empty its pack is."""
 
-Ints = NDArray[np.int64]
+MAX_WINDOW, MAX_CARRY = 3 << 14, 1 << 14
+"""Draws of a window and documents carried out of it, at most: what a checkpoint says about them stays below 64 KB."""
+
+_AUTO_GROUPS, _AUTO_DRAWS = 16, 4096
+_SLOW_S = 5.0
+_PASS_WINDOW = 4096
 
 
 class Draw(NamedTuple):
@@ -60,57 +78,83 @@ Pack = tuple[Draw, ...]
 
 
 @dataclass(frozen=True)
-class PlanSource:
-    """One source as the plan sees it.
+class PlanRules:
+    """What decides the plan besides the sources; the keys of `DataConfig`, and `cost` in any unit."""
 
-    `tokens` [rows]: planned tokens, 0 = unusable with its reason in `reasons`; `media_rows` [rows]: how many of them are
-    media; `weight`: share relative to the other sources, None on all of them = by size.
-    """
+    seq_len: int
+    plan_group: int
+    window: int | None
+    seed: int
+    shuffle_block: int
+    max_images_per_pack: int | None
+    cost: CostConfig
 
-    name: str
-    tokens: NDArray[np.uint32]
-    media_rows: NDArray[np.uint32]
-    reasons: Mapping[int, str]
-    weight: float | None = None
+    @classmethod
+    def of(cls, data: DataConfig, cost: CostConfig) -> PlanRules:
+        """The rules of a run, whose packs cost `cost`."""
+        return cls(**{name: getattr(data, name) for name in cls.__dataclass_fields__ if name != "cost"}, cost=cost)
 
-    @property
-    def num_rows(self) -> int:
-        """Rows of the source, unusable ones included."""
-        return len(self.tokens)
+
+@dataclass(frozen=True)
+class Rest:
+    """What another mixture goes on with: documents that were drawn but not consumed, and the draws made by source."""
+
+    carry: Carry
+    drawn: Drawn
 
 
 @dataclass(frozen=True)
 class PlanState:
-    """A place between two packs: the window, packs of it already taken, what was carried into it, steps so far.
+    """A place between two packs: the window, packs of it already taken, steps so far.
 
-    `carry` holds one tuple `(source index, age, first draw, distance to the next draw, ...)` per source and age.
+    `carry`: the documents carried into the window. `drawn`: draws by source before the window `since`, with which the present
+    shares began. `rest`: for a mixture that is changed here; None at the very beginning.
     """
 
     window: int = 0
     pack: int = 0
     step: int = 0
-    carry: tuple[tuple[int, ...], ...] = ()
+    since: int = 0
+    drawn: Drawn = ()
+    carry: Carry = field(default_factory=Carry)
+    rest: Callable[[], Rest] | None = field(default=None, compare=False, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The state as JSON values."""
-        return {"window": self.window, "pack": self.pack, "step": self.step, "carry": [list(c) for c in self.carry]}
+        rest = None if self.rest is None else self.rest()
+        return {
+            **{"window": self.window, "pack": self.pack, "step": self.step, "since": self.since},
+            **{"drawn": dict(self.drawn), "carry": self.carry.to_dict()},
+            "rest": rest and {"carry": rest.carry.to_dict(), "drawn": dict(rest.drawn)},
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PlanState:
         """The state that `to_dict` wrote. Raises CheckpointError when the values have another form."""
         try:
-            carry = tuple(tuple(int(v) for v in c) for c in data["carry"])
-            return cls(int(data["window"]), int(data["pack"]), int(data["step"]), carry)
-        except (KeyError, TypeError, ValueError) as error:
+            window, pack, step, since = (int(data[name]) for name in ("window", "pack", "step", "since"))
+            state = cls(window, pack, step, since, _drawn(data["drawn"]), Carry.from_dict(data["carry"]))
+            if data["rest"] is None:
+                return state
+            rest = Rest(Carry.from_dict(data["rest"]["carry"]), _drawn(data["rest"]["drawn"]))
+            return replace(state, rest=lambda: rest)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             text = (
                 f"data state: expected the plan's window, pack, step and carry, found {type(error).__name__}: {error}"
             )
             raise CheckpointError(f"{text}; resume from another checkpoint") from error
 
 
+def _drawn(counts: Mapping[str, Any]) -> Drawn:
+    return tuple((str(name), int(count)) for name, count in counts.items())
+
+
 @dataclass(frozen=True)
 class PlannedStep:
-    """The packs of one optimizer step over all ranks, the rows dropped on the way, and the place after it."""
+    """The packs of one optimizer step over all ranks, the rows dropped on the way, and the place after it.
+
+    When all sources end, the packs that are missing for a whole step are empty.
+    """
 
     packs: tuple[Pack, ...]
     dropped: tuple[Drop, ...]
@@ -127,186 +171,223 @@ class PlannedStep:
 
 
 @dataclass(frozen=True)
-class _Draws:
-    """Columns [n] of draws: source index, number of the draw within its source, windows waited, row, epoch, tokens, cost."""
-
-    source: Ints
-    number: Ints
-    age: Ints
-    row: Ints
-    epoch: Ints
-    tokens: Ints
-    cost: Ints
-
-    def __getitem__(self, idx: Any) -> _Draws:
-        return _Draws(*(getattr(self, name)[idx] for name in self.__dataclass_fields__))
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    @classmethod
-    def cat(cls, parts: Sequence[_Draws]) -> _Draws:
-        return cls(*(np.concatenate([getattr(p, name) for p in parts]) for name in cls.__dataclass_fields__))
-
-
-@dataclass(frozen=True)
 class _Window:
+    """The packs of one window. `draws`: all its usable documents; `place` [draws]: the pack of each, `len(packs)` = none.
+
+    `positions`: the draws of each source before the next window.
+    """
+
     packs: tuple[Pack, ...]
     dropped: tuple[Drop, ...]
-    carry: tuple[tuple[int, ...], ...]
+    carry: Carry
+    positions: Drawn
+    draws: Draws
+    place: Ints
+    mixture: Mixture
+
+    def rest(self, pack: int) -> Rest:
+        """What is left when the first `pack` packs were consumed."""
+        return Rest(self.mixture.encode(self.draws[self.place >= pack]), self.positions)
 
 
 class Plan:
-    """The endless plan of a mixture."""
+    """The plan of a mixture; endless, unless every source ends."""
 
-    def __init__(
-        self, sources: Sequence[PlanSource], *, seq_len: int, plan_group: int, window: int, seed: int = 0
-    ) -> None:
-        """Args are those of `DataConfig`. Raises RefusedInputError when a source has no usable row."""
-        self.sources = tuple(sources)
-        self.seq_len, self.plan_group, self.seed = seq_len, plan_group, seed
-        self.shares = mixture_shares(sources)
-        self.window = min(window, self._useful_window())
+    def __init__(self, sources: Sequence[PlanSource], rules: PlanRules) -> None:
+        """Raises RefusedInputError when a source has no usable row, ConfigError when nothing costs anything."""
+        self.sources, self.rules = tuple(sources), rules
+        self.window = self._window_size()
+        self.mixture = Mixture(self.sources, window=self.window, block=rules.shuffle_block, seed=rules.seed)
+        self._coefficients = integer_coefficients(rules.cost, rules.seq_len)
 
-    def _useful_window(self) -> int:
-        """Draws beyond which a larger window gains nothing: an eighth of an epoch, but enough for two groups of packs.
+    @cached_property
+    def fingerprint(self) -> str:
+        """Equal for plans with equal packs."""
+        sources = [(s.name, s.digest, str(s.share), s.max_samples, s.max_epochs) for s in self.sources]
+        rules = {**asdict(self.rules), "cost": self._coefficients}
+        return json.dumps([PLAN_VERSION, sources, rules])
 
-        A document may be carried over `MAX_AGE` windows; so in a small set it still comes within about its epoch.
-        """
-        mean_tokens = Fraction(0)  # exact, so that every machine finds the same window
-        for source, share in zip(self.sources, self.shares, strict=True):
-            if not source.tokens.any():
-                raise RefusedInputError(f"source '{source.name}': {_why_nothing_is_usable(source, self.seq_len)}")
-            assert source.tokens.max() <= self.seq_len, "the lengths already follow data.on_long"
-            mean_tokens += share * int(source.tokens.sum(dtype=np.uint64)) / source.num_rows
-        num_rows = sum(source.num_rows for source in self.sources)
-        return max(ceil(num_rows / 8), ceil(2 * self.plan_group * self.seq_len / mean_tokens))
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plan) and self.fingerprint == other.fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
 
     def steps(self, state: PlanState, global_batch: int) -> Iterator[PlannedStep]:
-        """Endless steps of `global_batch` packs, beginning at `state`."""
+        """Steps of `global_batch` packs, beginning at `state`."""
         packs: list[Pack] = []
         dropped: list[Drop] = []
-        step = state.step
+        step, after = state.step, state
         for pack, drops, after in self.packs(state):
             packs.append(pack)
             dropped += drops
             if len(packs) == global_batch:
                 yield PlannedStep(tuple(packs), tuple(dropped), step, replace(after, step=step + 1))
                 step, packs, dropped = step + 1, [], []
+        if packs:
+            packs += [()] * (global_batch - len(packs))
+            yield PlannedStep(tuple(packs), tuple(dropped), step, replace(after, step=step + 1))
 
     def packs(self, state: PlanState) -> Iterator[tuple[Pack, tuple[Drop, ...], PlanState]]:
-        """Endless packs, beginning at `state`; with each the rows newly dropped and the place after it."""
+        """Packs, beginning at `state`; with each the rows newly dropped and the place after it."""
         drops: tuple[Drop, ...] = ()
-        while True:
-            planned = self._plan_window(state.window, state.carry)
-            if state.pack == 0:  # a state inside the window comes after the report of the window's drops
+        for start, planned in _one_ahead(self._windows(state)):
+            if start.pack == 0:  # a state inside the window comes after the report of the window's drops
                 drops += planned.dropped
-            for i in range(state.pack, len(planned.packs)):
-                yield planned.packs[i], drops, replace(state, pack=i + 1)
+            for i in range(start.pack, len(planned.packs)):
+                # not dataclasses.replace: it would take as long as the packing
+                after = PlanState(start.window, i + 1, start.step, start.since, start.drawn, start.carry,
+                                  partial(planned.rest, i + 1))  # fmt: skip
+                yield planned.packs[i], drops, after
                 drops = ()
-            state = replace(state, window=state.window + 1, pack=0, carry=planned.carry)
 
-    def _plan_window(self, window: int, carry: tuple[tuple[int, ...], ...]) -> _Window:
-        fresh = [self._draws(s, *self._span(s, window)) for s in range(len(self.sources))]
-        draws = _Draws.cat([*(self._carried(entry) for entry in carry), *fresh])
-        draws = draws[np.lexsort((draws.number, draws.source))]
+    def _windows(self, state: PlanState) -> Iterator[tuple[PlanState, _Window]]:
+        """Every window from the one of `state` on, with the place from which on it is used."""
+        while True:
+            planned = _planned(self, state.window, state.since, state.drawn, state.carry)
+            yield state, planned
+            if self.mixture.has_ended(planned.positions):
+                return
+            window = state.window + 1
+            since, drawn = self.mixture.next_phase(state.since, state.drawn, window, planned.positions)
+            state = PlanState(window, 0, state.step, since, drawn, planned.carry)
+
+    def _window_size(self) -> int:
+        """Draws of a window: as asked for or enough for some groups of packs, but no more than is useful.
+
+        A larger one than an eighth of an epoch gains nothing, when it holds two groups of packs: a document may be carried over
+        `MAX_AGE` windows, and so it still comes within about its epoch in a small set.
+        """
+        rules, total = self.rules, sum((s.share for s in self.sources), Fraction(0))
+        packs_per_draw = Fraction(0)  # exact, so that every machine finds the same window
+        for source in self.sources:
+            if not source.used_tokens(rules.shuffle_block, rules.seed).any():
+                raise RefusedInputError(f"source '{source.name}': {_why_nothing_is_usable(source, rules.seq_len)}")
+            assert source.tokens.max() <= rules.seq_len, "the lengths already follow data.on_long"
+            need = Fraction(int(source.tokens.sum(dtype=np.uint64)), rules.seq_len)
+            if rules.max_images_per_pack is not None:
+                need = max(need, Fraction(int(source.vision.sum(dtype=np.uint64)), rules.max_images_per_pack))
+            packs_per_draw += source.share / total * need / len(source.tokens)
+        group = rules.plan_group / packs_per_draw
+        asked = rules.window or max(_AUTO_DRAWS, ceil(_AUTO_GROUPS * group))
+        useful = max(ceil(sum(s.num_rows for s in self.sources) / 8), ceil(2 * group))
+        return min(asked, useful, MAX_WINDOW)
+
+    def _plan_window(self, window: int, since: int, drawn: Drawn, carry: Carry) -> _Window:
+        started = time.perf_counter()
+        first, last = (self.mixture.positions(w, since, drawn) for w in (window, window + 1))
+        draws = self.mixture.draws(first, last, carry)
         unusable = draws[draws.tokens == 0]
         draws = draws[draws.tokens > 0]
-        packs = best_fit_decreasing(draws.tokens.tolist(), self.seq_len)
-        kept, rest = self._choose(packs, draws)
-        order = self._order(kept, draws, window)
-        columns = (draws.source, draws.row, draws.epoch, draws.tokens)
-        planned = [Draw(*values) for values in zip(*(c.tolist() for c in columns), strict=True)]
-        left = sorted(i for p in rest for i in p)
-        return _Window(
-            packs=tuple(tuple(planned[i] for i in p) for p in order),
-            dropped=tuple(self._drop(*d) for d in zip(unusable.source, unusable.row, unusable.epoch, strict=True)),
-            carry=_encode_carry(draws[np.array(left, np.int64)]),
+        # documents of equal length come in a random order, or they would go into packs source by source
+        mixed = shuffled(len(draws), f"{self.rules.seed}/mixed/{window}")
+        packs = pack_documents(
+            draws.tokens[mixed], self.rules.seq_len, draws.vision[mixed], self.rules.max_images_per_pack
         )
+        packs = Packs(mixed[packs.documents], packs.starts)
+        kept = packs[self._choose(packs, draws, keep_all=self.mixture.has_ended(last))]
+        kept = kept[self._order(kept, draws, window)]
+        place = np.full(len(draws), len(kept))
+        place[kept.documents] = np.repeat(np.arange(len(kept)), kept.sizes)
+        took = time.perf_counter() - started
+        if took > _SLOW_S:
+            log.warning("planning the %d documents of window %d took %.1f s; lower data.window when steps wait for data",
+                        len(draws), window, took)  # fmt: skip
+        dropped = tuple(self._drop(*d) for d in zip(unusable.source, unusable.row, unusable.epoch, strict=True))
+        waiting = self.mixture.encode(draws[place == len(kept)])
+        return _Window(_as_tuples(kept, draws), dropped, waiting, last, draws, place, self.mixture)
 
-    def _choose(self, packs: list[list[int]], draws: _Draws) -> tuple[list[list[int]], list[list[int]]]:
-        """The packs of this window, whole groups of them, and those that go back into the next window's draws.
+    def _choose(self, packs: Packs, draws: Draws, *, keep_all: bool) -> Ints:
+        """The packs of this window, whole groups of them; the others go back into the next window's draws.
 
         Full packs stay. Under-full ones stay when a document in them waited long enough, or when more would be carried than
-        one window holds.
+        one window holds. Groups are whole but where more than `MAX_CARRY` documents would be carried.
         """
-        fill = _sums(draws.tokens, packs)
-        aged = [n > 0 for n in _sums(draws.age >= MAX_AGE, packs)]
-        order = sorted(range(len(packs)), key=lambda i: (not aged[i], -fill[i], i))
-        waiting = np.cumsum([len(packs[i]) for i in reversed(order)])
-        must = max(sum(aged), len(packs) - int(np.searchsorted(waiting, self.window, side="right")))
-        full = sum(a or f >= FULL_FILL * self.seq_len for a, f in zip(aged, fill, strict=True))
-        groups = max(full // self.plan_group, min(-(-must // self.plan_group), len(packs) // self.plan_group))
-        cut = groups * self.plan_group
-        return [packs[i] for i in sorted(order[:cut])], [packs[i] for i in order[cut:]]
+        if keep_all:
+            return np.arange(len(packs))
+        group = self.rules.plan_group
+        fill = self._fill(packs, draws)
+        aged = packs.sums(draws.age >= MAX_AGE).astype(bool)
+        order = np.lexsort((-fill, ~aged))
+        carried = len(draws) - np.concatenate([[0], np.cumsum(packs.sizes[order])])
 
-    def _order(self, packs: list[list[int]], draws: _Draws, window: int) -> list[list[int]]:
-        """Packs in groups of like cost, the groups shuffled."""
-        cost = _sums(draws.cost, packs)
-        order = sorted(range(len(packs)), key=lambda i: (cost[i], i))
-        groups = [order[i : i + self.plan_group] for i in range(0, len(order), self.plan_group)]
-        random.Random(f"{self.seed}/groups/{window}").shuffle(groups)
-        return [packs[i] for group in groups for i in group]
+        def least(limit: int) -> int:
+            """Packs to keep so that at most `limit` documents are carried."""
+            return int(np.searchsorted(-carried, -limit))
 
-    def _span(self, source_idx: int, window: int) -> tuple[int, int]:
-        """First and past-the-end draw of a source in a window, in exact integers."""
-        num, den = self.shares[source_idx].as_integer_ratio()
-        lo, hi = ((2 * num * w * self.window + den) // (2 * den) for w in (window, window + 1))
-        return lo, hi
+        must = max(int(aged.sum()), least(self.window))
+        full = int((aged | (fill >= FULL_FILL)).sum())
+        groups = max(full // group, min(-(-must // group), len(packs) // group))
+        return np.sort(order[: max(groups * group, least(MAX_CARRY))])
 
-    def _carried(self, entry: tuple[int, ...]) -> _Draws:
-        source_idx, age, *steps = entry
-        return self._columns(source_idx, np.cumsum(np.array(steps, np.int64)), age)
+    def _fill(self, packs: Packs, draws: Draws) -> np.ndarray:
+        """Share of the tokens in use, or of the images that a pack may hold when there are more of these."""
+        fill = packs.sums(draws.tokens) / self.rules.seq_len
+        most = self.rules.max_images_per_pack
+        return fill if most is None else np.maximum(fill, packs.sums(draws.vision) / most)
 
-    def _draws(self, source_idx: int, lo: int, hi: int) -> _Draws:
-        return self._columns(source_idx, np.arange(lo, hi, dtype=np.int64), 0)
-
-    def _columns(self, source_idx: int, number: Ints, age: int) -> _Draws:
-        source = self.sources[source_idx]
-        epoch, position = np.divmod(number, source.num_rows)
-        row = np.empty_like(number)
-        for e in np.unique(epoch):
-            here = epoch == e
-            row[here] = permute(position[here], source.num_rows, f"{self.seed}/{source.name}/{e}")
-        tokens, media = source.tokens[row].astype(np.int64), source.media_rows[row].astype(np.int64)
-        same = np.full_like(number, source_idx)
-        return _Draws(same, number, np.full_like(number, age), row, epoch, tokens, document_costs(tokens, media))
+    def _order(self, packs: Packs, draws: Draws, window: int) -> Ints:
+        """Packs in groups of like cost, the groups shuffled; an incomplete group comes last."""
+        cost = packs.sums(document_costs(self._coefficients, draws.tokens, draws.vision, draws.audio))
+        order = np.argsort(cost, kind="stable")
+        num_groups, group = len(order) // self.rules.plan_group, self.rules.plan_group
+        whole, rest = order[: num_groups * group], order[num_groups * group :]
+        whole = whole.reshape(num_groups, group)[shuffled(num_groups, f"{self.rules.seed}/groups/{window}")]
+        return np.concatenate([whole.ravel(), rest])
 
     def _drop(self, source_idx: int, row: int, epoch: int) -> Drop:
         return Drop(int(source_idx), int(row), int(epoch), self.sources[source_idx].reasons[int(row)])
 
 
-def plan_pass(
-    sources: Sequence[PlanSource], *, seq_len: int, window: int, seed: int = 0
-) -> tuple[tuple[Pack, ...], tuple[Drop, ...]]:
+@lru_cache(maxsize=4)
+def _planned(plan: Plan, window: int, since: int, drawn: Drawn, carry: Carry) -> _Window:
+    """A window of a plan; the last few are kept for all equal plans of this process."""
+    return plan._plan_window(window, since, drawn, carry)
+
+
+def _one_ahead(items: Iterator[T]) -> Generator[T, None, None]:
+    """The items of an iterator, of which a thread works out the next one meanwhile."""
+    with ThreadPoolExecutor(1, "plan") as pool:
+        coming = pool.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = pool.submit(next, items, None)
+            yield item
+
+
+def _as_tuples(packs: Packs, draws: Draws) -> tuple[Pack, ...]:
+    columns = (column[packs.documents].tolist() for column in (draws.source, draws.row, draws.epoch, draws.tokens))
+    flat = list(map(Draw._make, zip(*columns, strict=True)))
+    starts = packs.starts.tolist()
+    return tuple(tuple(flat[lo:hi]) for lo, hi in pairwise(starts))
+
+
+def plan_pass(sources: Sequence[PlanSource], rules: PlanRules) -> tuple[tuple[Pack, ...], tuple[Drop, ...]]:
     """Packs that hold every usable row exactly once, in a fixed order, and the rows that are left out; for validation.
 
     The rows of all sources are mixed, so that the first few packs already speak for all of them.
     """
-    sizes = np.array([s.num_rows for s in sources])
-    total, starts = int(sizes.sum()), np.cumsum(sizes) - sizes
-    mixed = permute(np.arange(total), total, f"{seed}/pass")
-    owner = np.searchsorted(starts, mixed, side="right") - 1
-    draws = [Draw(int(s), int(i - starts[s]), 0, 0) for s, i in zip(owner, mixed, strict=True)]
-    draws = [d._replace(tokens=int(sources[d.source_idx].tokens[d.row])) for d in draws]
-    usable = [d for d in draws if d.tokens]
+    begin, end = (tuple((s.name, n * s.num_rows) for s in sources) for n in (0, 1))
+    draws = Mixture(sources, window=1, block=1, seed=rules.seed).draws(begin, end, Carry())
+    draws = draws[shuffled(len(draws), f"{rules.seed}/pass")]
+    unusable = draws[draws.tokens == 0]
+    draws = draws[draws.tokens > 0]
     packs: list[Pack] = []
-    for lo in range(0, len(usable), window):
-        part = usable[lo : lo + window]
-        found = best_fit_decreasing([d.tokens for d in part], seq_len)
-        packs += [tuple(part[i] for i in pack) for pack in found]
-    dropped = (Drop(d.source_idx, d.row, 0, sources[d.source_idx].reasons[d.row]) for d in draws if not d.tokens)
-    return tuple(packs), tuple(dropped)
+    for lo in range(0, len(draws), rules.window or _PASS_WINDOW):
+        part = draws[lo : lo + (rules.window or _PASS_WINDOW)]
+        found = pack_documents(part.tokens, rules.seq_len, part.vision, rules.max_images_per_pack)
+        packs += _as_tuples(found, part)
+    dropped = zip(unusable.source.tolist(), unusable.row.tolist(), strict=True)
+    return tuple(packs), tuple(Drop(s, row, 0, sources[s].reasons[row]) for s, row in dropped)
 
 
-def mixture_shares(sources: Sequence[PlanSource]) -> tuple[Fraction, ...]:
-    """The share of each source, exact and summing to 1. Raises ConfigError when only some sources have a weight."""
-    without = [s.name for s in sources if s.weight is None]
-    if without and len(without) < len(sources):
-        text = f"data.sources: expected a weight on every source or on none, found none on {', '.join(without)}"
-        raise ConfigError(f"{text}; set data.sources.{without[0]}.weight or remove the others")
-    parts = [Fraction(s.num_rows) if s.weight is None else Fraction(str(s.weight)) for s in sources]
-    return tuple(p / sum(parts) for p in parts)
+def pack_features(pack: Pack, sources: Sequence[PlanSource]) -> tuple[int, int, int, int, int]:
+    """What the cost of a pack is made of: (1, tokens, squared lengths, vision inputs, audio inputs).
+
+    Packs are not padded, so their tokens are those of their documents.
+    """
+    vision = sum(int(sources[d.source_idx].vision[d.row]) for d in pack)
+    audio = sum(int(sources[d.source_idx].audio[d.row]) for d in pack)
+    return 1, sum(d.tokens for d in pack), sum(d.tokens * d.tokens for d in pack), vision, audio
 
 
 def _why_nothing_is_usable(source: PlanSource, seq_len: int) -> str:
@@ -314,19 +395,3 @@ def _why_nothing_is_usable(source: PlanSource, seq_len: int) -> str:
     counts = ", ".join(f"{r} {reasons.count(r)}" for r in sorted(set(reasons))) or "none"
     text = f"expected at least one usable sample, found {source.num_rows} rows, all unusable (by reason: {counts})"
     return f"{text}; with data.seq_len={seq_len} samples that are longer need a larger data.seq_len"
-
-
-def _sums(values: NDArray[Any], packs: Sequence[Sequence[int]]) -> list[int]:
-    """The sum of `values` over the documents of each pack."""
-    by_document = values.tolist()
-    return [sum(by_document[i] for i in pack) for pack in packs]
-
-
-def _encode_carry(draws: _Draws) -> tuple[tuple[int, ...], ...]:
-    """Draws, sorted by source and number, one window older and delta-coded: a few bytes each in a checkpoint."""
-    entries = []
-    for source_idx, age in np.unique(np.stack([draws.source, draws.age], axis=1), axis=0).tolist():
-        numbers = draws.number[(draws.source == source_idx) & (draws.age == age)]
-        steps = np.diff(numbers, prepend=0)
-        entries.append((source_idx, age + 1, *steps.tolist()))
-    return tuple(entries)

@@ -1,7 +1,8 @@
 """From the members of a sample to a `Sample`, and from turns to the JSON that the builder writes: both ends of one format.
 
-Two layouts: a LLaVA/ShareGPT row in `.json` with its media beside it, or media with a caption in `.txt` (img2dataset;
-its metadata `.json` has no `conversations`). Placeholders keep their position; they count in user turns only.
+Three layouts: a LLaVA/ShareGPT row in `.json` with its media beside it; media with a caption in `.txt` (img2dataset; its
+metadata `.json` has no `conversations`); a document, in the field `text` of a `.json` or alone in a `.txt`, with its media
+beside it. Placeholders keep their position; they count in user turns and in the `text` of a document only.
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ from mmscale.streaming.media import member_order, modality_of
 from mmscale.streaming.strict_json import JsonFault, parse_json
 from mmscale.types import MEDIA_TOKENS, MODALITIES, MediaBytes, Modality, Role, Sample, Turn
 
+USER_NAMES = ("human", "user")
+"""What rows call the user."""
 _ROLE: dict[str, Role] = {
     "system": "system",
-    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(USER_NAMES, "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard"), "assistant"),
 }
+_PLACED = ("user", "document")
 _FROM = {"system": "system", "user": "human", "assistant": "gpt"}
-_FIELDS: dict[Modality, tuple[str, str]] = {modality: (modality, f"{modality}s") for modality in MODALITIES}
-_FIELDS["audio"] = ("audio", "audios")
+MEDIA_FIELDS: dict[Modality, tuple[str, str]] = {modality: (modality, f"{modality}s") for modality in MODALITIES}
+"""The fields of a row that name its media; the second counts when both are there."""
 
 
 def parse_sample(id: str, members: Sequence[tuple[str, bytes]], offset: int = 0) -> Sample:
@@ -46,18 +50,21 @@ def parse_sample(id: str, members: Sequence[tuple[str, bytes]], offset: int = 0)
     if "conversations" in row:
         turns = parse_row(row, order)
     elif "txt" in text:
-        turns = _parse_caption(text["txt"], order)
+        turns = _parse_txt(text["txt"], order, alone="json" not in text)
+    elif "text" in row:
+        turns = parse_row(row, order)
     else:
         found = ", ".join(ext for ext, _ in members)
-        raise BadSampleError("missing_text", f"neither a `.json` with conversations nor a `.txt`, found: {found}")
+        detail = f"no `.json` with `conversations` or `text` and no `.txt`, found: {found}"
+        raise BadSampleError("missing_text", detail)
     return Sample(id, turns, media, offset)
 
 
 def parse_row(row: Mapping[str, Any], media: Sequence[Modality]) -> tuple[Turn, ...]:
-    """Turns of a LLaVA/ShareGPT row with a placeholder for each medium.
+    """Turns of a LLaVA/ShareGPT row, or the one turn of a document, with a placeholder for each medium.
 
     Args:
-        row: parsed JSON object with `conversations`.
+        row: parsed JSON object with `conversations`, or with the `text` of a document.
         media: modality of each medium that the sample really has, in order.
 
     Raises:
@@ -68,7 +75,8 @@ def parse_row(row: Mapping[str, Any], media: Sequence[Modality]) -> tuple[Turn, 
         if declared is not None and len(declared) != media.count(modality):
             detail = f"the row names {len(declared)} {modality} file(s), the sample has {media.count(modality)}"
             raise BadSampleError("missing_media", detail)
-    return place_media(_parse_turns(row["conversations"]), media)
+    turns = _parse_turns(row["conversations"]) if "conversations" in row else _parse_document(row["text"])
+    return place_media(turns, media)
 
 
 def declared_media(row: Mapping[str, Any], modality: Modality) -> list[str] | None:
@@ -77,7 +85,7 @@ def declared_media(row: Mapping[str, Any], modality: Modality) -> list[str] | No
     Raises:
         BadSampleError: the field is not a string, a list of strings or of objects with `path`.
     """
-    for name in reversed(_FIELDS[modality]):
+    for name in reversed(MEDIA_FIELDS[modality]):
         value = row.get(name)
         if value is None:
             continue
@@ -95,14 +103,14 @@ def place_media(turns: tuple[Turn, ...], media: Sequence[Modality]) -> tuple[Tur
     """Turns in which every medium has its placeholder: media without any tag come first, a tag and a newline each.
 
     Raises:
-        BadSampleError: `media_count`, when the tags in the user turns are not as many as the media.
+        BadSampleError: `media_count`, when the tags in user turns and documents are not as many as the media.
     """
     untagged = []
     for modality in MODALITIES:
         count = media.count(modality)
         if not count:
             continue
-        tags = sum(turn.text.count(MEDIA_TOKENS[modality]) for turn in turns if turn.role == "user")
+        tags = sum(turn.text.count(MEDIA_TOKENS[modality]) for turn in turns if turn.role in _PLACED)
         if not tags:
             untagged.append(modality)
         elif tags != count:
@@ -112,23 +120,26 @@ def place_media(turns: tuple[Turn, ...], media: Sequence[Modality]) -> tuple[Tur
     front = "".join(f"{MEDIA_TOKENS[modality]}\n" for modality in media if modality in untagged)
     if not front:
         return turns
-    first = next(i for i, turn in enumerate(turns) if turn.role == "user")
-    return (*turns[:first], Turn("user", front + turns[first].text), *turns[first + 1 :])
+    first = next(i for i, turn in enumerate(turns) if turn.role in _PLACED)
+    return (*turns[:first], Turn(turns[first].role, front + turns[first].text), *turns[first + 1 :])
 
 
 def encode_row(turns: Sequence[Turn], media: Mapping[Modality, Sequence[str]] | None = None, id: str = "") -> bytes:
     """The `.json` member of a sample: a LLaVA row that `parse_sample` reads back to the same turns.
 
     Args:
-        turns: system (optional), user, assistant, ...
+        turns: system (optional), user, assistant, ...; or one document.
         media: names of the media files by modality; with them a reader notices a file that is missing.
         id: optional row id.
     """
     row: dict[str, Any] = {"id": id} if id else {}
     for modality, names in (media or {}).items():
-        one, several = _FIELDS[modality]
+        one, several = MEDIA_FIELDS[modality]
         row.update({one: names[0]} if len(names) == 1 else {several: list(names)})
-    row["conversations"] = [{"from": _FROM[turn.role], "value": turn.text} for turn in turns]
+    if turns[0].role == "document":
+        row["text"] = turns[0].text
+    else:
+        row["conversations"] = [{"from": _FROM[turn.role], "value": turn.text} for turn in turns]
     return json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode()
 
 
@@ -169,13 +180,27 @@ def _parse_turn(turn: Any) -> Turn:
     return Turn(role, turn["value"])
 
 
-def _parse_caption(data: bytes, media: Sequence[Modality]) -> tuple[Turn, ...]:
+def _parse_document(text: Any) -> tuple[Turn, ...]:
+    if not isinstance(text, str):
+        raise BadSampleError("json_fields", f"`text` is a {type(text).__name__}, expected a string")
+    if not text.strip():
+        raise BadSampleError("empty_text", "the document is empty")
+    return (Turn("document", text),)
+
+
+def _parse_txt(data: bytes, media: Sequence[Modality], alone: bool) -> tuple[Turn, ...]:
+    """The caption of the media; a document when it stands `alone`. Tags in it are plain text."""
     try:
-        caption = data.decode("utf-8")
+        text = data.decode("utf-8")
     except UnicodeDecodeError as e:
         raise BadSampleError("text_utf8", f"byte {e.start} of the `.txt` is not UTF-8") from None
-    if not media:
-        raise BadSampleError("missing_media", "a caption in `.txt` without a media file beside it")
-    if not caption.strip():
-        raise BadSampleError("empty_text", "the caption is empty")
-    return place_media((Turn("user", ""), Turn("assistant", caption)), media)
+    if not text.strip():
+        raise BadSampleError("empty_text", "the `.txt` is empty")
+    if media:
+        return place_media((Turn("user", ""), Turn("assistant", text)), media)
+    if alone:
+        return _parse_document(text)
+    # Metadata beside it speak of a medium that is missing: training on the caption alone would hide the loss.
+    raise BadSampleError(
+        "missing_media", "a caption in `.txt` and metadata in `.json` without the media file they are of"
+    )

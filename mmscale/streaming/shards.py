@@ -1,62 +1,129 @@
 """Random access to the samples of a dataset folder, checked when it is opened and named when it fails.
 
 A shard that is missing, not a tar, or not the indexed one is put aside by name (`ShardSet.quarantined`); its samples
-count as skipped. A shard that changes or ends while it is read is a DataError with shard and offset.
+count as skipped. A shard that changes or ends while it is read is a DataError with shard and offset. Opening keeps counts
+only: indexes and files are opened when a sample is read, and a bounded number of them stays open.
 """
 
 from __future__ import annotations
 
-import os
-import time
+import resource
+import weakref
 from bisect import bisect_right
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
-from mmscale.errors import DataError, RefusedInputError
+from mmscale.config.schema import CacheConfig
+from mmscale.errors import BadSampleError, DataError, RefusedInputError
 from mmscale.logging import get_logger
-from mmscale.streaming.index import MEMBER_COLUMNS, ShardIndex, decode_index, index_path, read_index
-from mmscale.streaming.manifest import MANIFEST_NAME, Manifest, ShardEntry, file_sha256, idx_digest, read_manifest
+from mmscale.streaming.folder import DatasetFolder, LocalFolder, open_folder, split_pattern
+from mmscale.streaming.index import MEMBER_COLUMNS, ShardIndex
+from mmscale.streaming.manifest import MANIFEST_NAME, Manifest, ShardEntry, file_sha256, select_shards
 from mmscale.streaming.media import modality_of
 from mmscale.streaming.rows import parse_sample
+from mmscale.streaming.storage.local import LocalFile
+from mmscale.streaming.storage.source import ByteSource, Range, in_threads, retry
+from mmscale.streaming.storage.urls import shown
+from mmscale.streaming.storage.zstd import ZstdFile
 from mmscale.types import MODALITIES, Sample
 
 log = get_logger(__name__)
-T = TypeVar("T")
 
-RETRY_DELAYS_S = (0.1, 0.5, 2.0)
-MAX_OPEN_SHARDS = 128
+MAX_OPEN_SHARDS = 512
+
+Keep = Callable[[str], bool]
+"""Says of an extension whether the member is wanted."""
+
+
+class OpenShards:
+    """Bounds how many shards are open: the one opened longest ago is closed first."""
+
+    def __init__(self) -> None:
+        # Weak, or a set that nobody uses any more would stay open until the next garbage collection.
+        self._shards: OrderedDict[str, weakref.ref[Shard]] = OrderedDict()
+
+    def __reduce__(self) -> tuple[type[OpenShards], tuple[()]]:
+        return OpenShards, ()
+
+    def add(self, shard: Shard) -> None:
+        """Takes note of a shard that has just been opened."""
+        self._shards[shard.name] = weakref.ref(shard)
+        while len(self._shards) > MAX_OPEN_SHARDS:
+            oldest = self._shards.popitem(last=False)[1]()
+            if oldest is not None:
+                oldest.close()
 
 
 class Shard:
-    """Samples of one indexed tar by number. Opens the file, and in another process the index, at the first read."""
+    """Samples of one indexed tar by number. Opens index and file at the first read, in every process for itself."""
 
-    def __init__(self, path: Path, index: ShardIndex, sha256: str = "") -> None:
-        """`sha256`: hex digest of the tar as its manifest has it; empty where there is no manifest yet."""
-        self._fd: int | None = None
-        self.path = path
-        self.sha256 = sha256
-        self._index: ShardIndex | None = index
-        self._num_samples = len(index)
+    def __init__(
+        self,
+        folder: DatasetFolder,
+        entry: ShardEntry,
+        opened: OpenShards | None = None,
+        index: ShardIndex | None = None,
+    ) -> None:
+        """A shard that is opened later.
+
+        Args:
+            entry: as in the manifest of `folder`.
+            opened: shared by the shards of a set.
+            index: kept in memory and used instead of the one beside the shard.
+        """
+        self.name = entry.name
+        self.sha256 = entry.sha256
+        self._folder = folder
+        self._entry = entry
+        self._opened = opened
+        self._file = folder.source(entry)
+        self._given = index
+        self._index: ShardIndex | None = None
+        self._content: ByteSource | None = None
+
+    @classmethod
+    def at(cls, path: Path, index: ShardIndex, sha256: str = "") -> Shard:
+        """A local shard with its index, which need not be in a manifest or on disk."""
+        entry = ShardEntry(path.name, len(index), index.file_size, sha256, "")
+        return cls(LocalFolder(path.parent), entry, index=index)
 
     def __len__(self) -> int:
-        return self._num_samples
+        return self._entry.samples
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_index": None, "_fd": None}
+        return {**self.__dict__, "_index": None, "_content": None}
+
+    @property
+    def where(self) -> str:
+        """Path or URL, for messages."""
+        return f"{self._folder.where}/{self.name}"
+
+    @property
+    def path(self) -> Path:
+        """The file of a local shard. Raises DataError when it is a remote one."""
+        if not isinstance(self._folder, LocalFolder):
+            raise DataError(
+                f"{self.where}: expected a local shard, found a remote one; copy the folder to this machine"
+            )
+        return self._folder.path / self.name
 
     @property
     def index(self) -> ShardIndex:
-        """The shard's index; read again after pickling."""
-        if self._index is None:
-            self._index = read_index(index_path(self.path))
-        return self._index
+        """The shard's index. Raises DataError when it is not the one that was checked."""
+        return self._index if self._index is not None else self._open()[0]
+
+    def sidecars(self, suffix: str) -> tuple[Path, ...]:
+        """Where a file about this shard may be kept, `000000` + suffix, the best place first; none when there is no place.
+
+        Read from all of them, write to the first that takes it: its folder may be missing, or read-only.
+        """
+        return self._folder.sidecars(self.name, suffix)
 
     def key(self, i: int) -> str:
         """Key of sample `i`."""
@@ -67,57 +134,94 @@ class Shard:
         index = self.index
         return min(index.offset[index.first[i] : index.first[i + 1]])
 
-    def members(self, i: int, keep: Callable[[str], bool] | None = None) -> list[tuple[str, bytes]]:
+    def members(self, i: int, keep: Keep | None = None) -> list[tuple[str, bytes]]:
         """(extension, bytes) of sample `i`'s members, media first in natural order, optionally only some extensions.
 
         Raises:
             DataError: the file is gone, has another size than when it was indexed, or ends early.
         """
-        index = self.index
-        out = []
-        for m in range(index.first[i], index.first[i + 1]):
-            ext = index.exts[index.ext[m]]
-            if keep is None or keep(ext):
-                out.append((ext, self._read(index.offset[m], index.size[m], i)))
+        index, content = self._open()
+        if not isinstance(content, LocalFile):
+            return self.read_many((i,), keep)[0]
+        # Half the time of the general way, for the members of one sample have no neighbours worth looking for.
+        exts, ext, offset, size, out = index.exts, index.ext, index.offset, index.size, []
+        try:
+            for m in range(index.first[i], index.first[i + 1]):
+                name = exts[ext[m]]
+                if keep is None or keep(name):
+                    out.append((name, content.read(offset[m], size[m])))
+        except DataError as e:
+            raise DataError(f"{e} (reading {self._named((i,))})") from e
         return out
+
+    def read_many(self, samples: Sequence[int], keep: Keep | None = None) -> list[list[tuple[str, bytes]]]:
+        """Like `members` for several samples; members that lie side by side are read together."""
+        index, content = self._open()
+        first, ext, offset, size = index.first, index.ext, index.offset, index.size
+        exts: list[list[str]] = []
+        ranges: list[Range] = []
+        for i in samples:
+            names = []
+            for m in range(first[i], first[i + 1]):
+                name = index.exts[ext[m]]
+                if keep is None or keep(name):
+                    names.append(name)
+                    ranges.append((offset[m], size[m]))
+            exts.append(names)
+        try:
+            data = iter(content.read_many(ranges))
+        except DataError as e:
+            raise DataError(f"{e} (reading {self._named(samples)})") from e
+        return [[(name, next(data)) for name in names] for names in exts]
 
     def sizes(self, i: int) -> dict[str, int]:
         """Extension -> bytes of sample `i`'s members, from the index alone."""
         index = self.index
         return {index.exts[index.ext[m]]: index.size[m] for m in range(index.first[i], index.first[i + 1])}
 
+    def check(self, listed_ns: int | None) -> Counter[str]:
+        """What was refused when the shard was indexed, by reason, once file and index are those of the manifest.
+
+        Args:
+            listed_ns: when the manifest was written; a file that is not older is hashed.
+
+        Raises:
+            DataError: missing, or another one.
+        """
+        entry, remedy = self._entry, self._folder.remedy
+        found = self._file.size()
+        if found != entry.bytes:
+            raise DataError(f"{self.where}: {found} bytes, the manifest says {entry.bytes}; {remedy}")
+        index = self._folder.check_index(entry)
+        if index.file_size != entry.bytes or len(index) != entry.samples:
+            raise DataError(
+                f"{self.where}: an index of {len(index)} samples, the manifest says {entry.samples}; {remedy}"
+            )
+        modified_ns = self._folder.modified_ns(entry.name)
+        # Reading a whole shard to hash it is for those that were touched; `mmscale-data verify` makes the manifest newer.
+        if listed_ns is not None and modified_ns is not None and modified_ns >= listed_ns:
+            path = self.path
+            if retry(lambda: file_sha256(path), self.where) != entry.sha256:
+                raise DataError(f"{self.where}: modified after indexing (its sha256 differs); {remedy}")
+        return Counter(index.skipped)
+
     def close(self) -> None:
-        """Closes the file; the next read opens it again."""
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
+        """Closes file and index; the next read opens them again."""
+        self._index = self._content = None
+        self._file.close()
 
-    def __del__(self) -> None:
-        self.close()
+    def _open(self) -> tuple[ShardIndex, ByteSource]:
+        index, content = self._index, self._content
+        if index is None or content is None:
+            index = self._index = self._given if self._given is not None else self._folder.open_index(self._entry)
+            content = self._content = ZstdFile(self._file, index.frames, self.where) if index.frames else self._file
+            if self._opened is not None:
+                self._opened.add(self)
+        return index, content
 
-    def _read(self, offset: int, size: int, i: int) -> bytes:
-        fd = self._fd if self._fd is not None else self._open()
-        try:
-            data = os.pread(fd, size, offset)
-        except OSError:
-            data = _try_again(lambda: os.pread(fd, size, offset), self.path)
-        if len(data) != size:
-            raise DataError(
-                f"{self.path}: sample {self.key(i)!r} should have {size} bytes at offset {offset}, found {len(data)}; the "
-                "shard was cut off while it was read: restore it and start again"
-            )
-        return data
-
-    def _open(self) -> int:
-        fd = self._fd = _retry(lambda: os.open(self.path, os.O_RDONLY), self.path)
-        found, expected = os.fstat(fd).st_size, self.index.tar_size
-        if found != expected:
-            self.close()
-            raise DataError(
-                f"{self.path}: {found} bytes, {expected} when it was indexed; restore the shard, or index the folder again: "
-                f"mmscale-data index {self.path.parent}"
-            )
-        return fd
+    def _named(self, samples: Sequence[int]) -> str:
+        more = f" and {len(samples) - 1} more" if len(samples) > 1 else ""
+        return f"sample {self.key(samples[0])!r} at offset {self.offset(samples[0])}{more}"
 
 
 @dataclass(frozen=True)
@@ -126,7 +230,7 @@ class Columns:
 
     `first`: int64 [rows + 1]. Per member, media of a sample first and in the order of `Sample.media`: `size` in bytes,
     `modality` int8 (index into MODALITIES, -1 = not a medium), `width`, `height` (pixels as displayed), `frames`,
-    `fps_milli`, `rate_hz`, `audio_samples`, `text_bytes`; 0 = does not apply or unreadable header.
+    `fps_milli`, `rate_hz`, `keyframes`, `audio_samples`, `text_bytes`; 0 = does not apply or unreadable header.
     """
 
     first: np.ndarray
@@ -137,60 +241,66 @@ class Columns:
     frames: np.ndarray
     fps_milli: np.ndarray
     rate_hz: np.ndarray
+    keyframes: np.ndarray
     audio_samples: np.ndarray
     text_bytes: np.ndarray
 
 
 @dataclass(eq=False)
 class ShardSet:
-    """All usable samples of a dataset folder, numbered over its shards in manifest order.
+    """All usable samples of a dataset folder, or of some of its shards, numbered over the shards in manifest order.
 
     `quarantined`: shard name -> why it was put aside. `skipped`: what was refused when indexing or opening, by reason
     (`quarantined` = samples of shards put aside). `indexed == len(self) + sum(skipped.values())`.
     """
 
-    folder: Path
+    folder: DatasetFolder
     name: str
     fingerprint: str
     shards: tuple[Shard, ...]
     quarantined: Mapping[str, str]
     skipped: Counter[str]
     _starts: list[int] = field(init=False, repr=False)
-    _open: OrderedDict[int, None] = field(init=False, repr=False, default_factory=OrderedDict)
 
     def __post_init__(self) -> None:
         self._starts = [0, *accumulate(len(shard) for shard in self.shards)]
 
     @classmethod
-    def open(cls, folder: Path, name: str) -> ShardSet:
+    def open(cls, folder: Path | str, name: str, cache: CacheConfig | None = None) -> ShardSet:
         """The dataset in `folder`, every shard checked against manifest and index.
 
         Args:
-            folder: has `manifest.json`.
-            name: what sample ids start with, usually the path relative to the data root.
+            folder: path or URL of a folder with `manifest.json`; `folder/{000..009}.tar` or `folder/0*.tar` takes some shards.
+            name: what sample ids start with, usually the path relative to the data root; a pattern at its end is left out.
+            cache: for remote folders, and for lengths that cannot be kept in the folder.
 
         Raises:
-            RefusedInputError: no usable manifest, no usable shard, or no samples.
+            RefusedInputError: a command or an unknown scheme (nothing is run), no usable manifest, a pattern that matches
+                nothing, no usable shard, or no samples.
         """
-        manifest = read_manifest(folder)
-        shards, quarantined, skipped = _check_shards(folder, manifest)
+        place, pattern = split_pattern(folder)
+        opened = open_folder(place, cache)
+        manifest = opened.manifest()
+        if pattern:
+            manifest = select_shards(manifest, pattern, opened.where)
+            name = name.removesuffix(pattern).rstrip("/")
+        shards, quarantined, skipped = _check_shards(opened, manifest, is_whole=not pattern)
         if not sum(len(shard) for shard in shards):
             reasons = "; ".join(f"{shard}: {reason}" for shard, reason in list(quarantined.items())[:3])
             raise RefusedInputError(
-                f"{folder}: no usable sample in {len(manifest.shards)} shard(s). {reasons}".rstrip()
+                f"{opened.where}: no usable sample in {len(manifest.shards)} shard(s). {reasons}".rstrip()
             )
         fingerprint = manifest.fingerprint
         if quarantined:
             used = tuple(entry for entry in manifest.shards if entry.name not in quarantined)
             fingerprint = Manifest(used).fingerprint
-        return cls(folder, name, fingerprint, tuple(shards), quarantined, skipped)
+        return cls(opened, shown(name), fingerprint, tuple(shards), quarantined, skipped)
 
     def __len__(self) -> int:
         return self._starts[-1]
 
     def __getstate__(self) -> dict[str, object]:
-        state = {k: v for k, v in self.__dict__.items() if k != "columns"}
-        return {**state, "_open": OrderedDict()}
+        return {k: v for k, v in self.__dict__.items() if k != "columns"}
 
     @property
     def indexed(self) -> int:
@@ -204,25 +314,41 @@ class ShardSet:
 
     def id(self, row: int) -> str:
         """Id of a row: `"<name>/<shard>:<key>"`."""
-        shard, i = self.locate(row)
-        return f"{self.name}/{self.shards[shard].path.name}:{self.shards[shard].key(i)}"
+        number, i = self.locate(row)
+        return self._id(self.shards[number], i)
 
     def offset(self, row: int) -> int:
         """Position of a row's first member in its tar, in bytes."""
-        shard, i = self.locate(row)
-        return self.shards[shard].offset(i)
+        number, i = self.locate(row)
+        return self.shards[number].offset(i)
 
-    def members(self, row: int, keep: Callable[[str], bool] | None = None) -> list[tuple[str, bytes]]:
+    def members(self, row: int, keep: Keep | None = None) -> list[tuple[str, bytes]]:
         """(extension, bytes) of a row's members, optionally only those whose extension `keep` accepts."""
-        shard, i = self.locate(row)
-        self._touch(shard)
-        return self.shards[shard].members(i, keep)
+        number, i = self.locate(row)
+        return self.shards[number].members(i, keep)
 
     def read(self, row: int) -> Sample:
         """The sample of a row. Raises BadSampleError when it cannot be used, DataError when the shard has changed."""
         number, i = self.locate(row)
         shard = self.shards[number]
-        return parse_sample(f"{self.name}/{shard.path.name}:{shard.key(i)}", self.members(row), shard.offset(i))
+        return parse_sample(self._id(shard, i), shard.members(i), shard.offset(i))
+
+    def read_many(self, rows: Sequence[int]) -> list[Sample | BadSampleError]:
+        """The samples of some rows in the order asked for, or why one cannot be used; neighbours are read together.
+
+        Raises:
+            DataError: a shard has changed or cannot be read.
+        """
+        places = [self.locate(row) for row in rows]
+        by_shard: defaultdict[int, list[int]] = defaultdict(list)
+        for number, i in places:
+            by_shard[number].append(i)
+
+        def read(number: int) -> list[list[tuple[str, bytes]]]:
+            return self.shards[number].read_many(by_shard[number])
+
+        members = dict(zip(by_shard, map(iter, in_threads(read, list(by_shard), self.folder.threads)), strict=True))
+        return [self._parse(self.shards[number], i, next(members[number])) for number, i in places]
 
     @cached_property
     def columns(self) -> Columns:
@@ -241,13 +367,14 @@ class ShardSet:
         ]
         return Columns(np.concatenate([*first, starts[-1:]]), modality=np.concatenate(modality), **joined)
 
-    def _touch(self, shard: int) -> None:
-        """Keeps the number of open files bounded."""
-        self._open[shard] = None
-        self._open.move_to_end(shard)
-        if len(self._open) > MAX_OPEN_SHARDS:
-            oldest, _ = self._open.popitem(last=False)
-            self.shards[oldest].close()
+    def _id(self, shard: Shard, i: int) -> str:
+        return f"{self.name}/{shard.name}:{shard.key(i)}"
+
+    def _parse(self, shard: Shard, i: int, members: list[tuple[str, bytes]]) -> Sample | BadSampleError:
+        try:
+            return parse_sample(self._id(shard, i), members, shard.offset(i))
+        except BadSampleError as error:
+            return error
 
 
 def _modality_code(ext: str) -> int:
@@ -255,66 +382,40 @@ def _modality_code(ext: str) -> int:
     return MODALITIES.index(modality) if modality else -1
 
 
-def _check_shards(folder: Path, manifest: Manifest) -> tuple[list[Shard], dict[str, str], Counter[str]]:
-    shards: list[Shard] = []
+def _check_shards(
+    folder: DatasetFolder, manifest: Manifest, is_whole: bool
+) -> tuple[list[Shard], dict[str, str], Counter[str]]:
+    """The shards that are as the manifest says, why the others are put aside, and what is skipped by reason."""
+    _allow_open_files(2 * len(manifest.shards))
+    opened, listed_ns = OpenShards(), folder.modified_ns(MANIFEST_NAME)
+    usable: list[Shard] = []
     quarantined, skipped = dict(manifest.quarantined), Counter[str]()
-    listed_ns = (folder / MANIFEST_NAME).stat().st_mtime_ns
-    for entry in manifest.shards:
+
+    def check(entry: ShardEntry) -> tuple[Shard, Counter[str]] | DataError:
+        shard = Shard(folder, entry, opened)
         try:
-            index = _check_shard(folder, entry, listed_ns)
+            return shard, shard.check(listed_ns)
         except DataError as e:
-            quarantined[entry.name] = str(e)
+            return e
+
+    for entry, found in zip(manifest.shards, in_threads(check, manifest.shards, folder.threads), strict=True):
+        if isinstance(found, DataError):
+            quarantined[entry.name] = str(found)
             skipped["quarantined"] += entry.samples
         else:
-            shards.append(Shard(folder / entry.name, index, entry.sha256))
-            skipped.update(index.skipped)
-    listed = {entry.name for entry in manifest.shards}
-    for path in sorted(folder.glob("*.tar")):
-        if path.name not in listed and path.name not in quarantined:
-            quarantined[path.name] = f"{path}: not in {MANIFEST_NAME}; to use it run: mmscale-data index {folder}"
+            usable.append(found[0])
+            skipped.update(found[1])
+    if is_whole:
+        quarantined.update(folder.strays([*(entry.name for entry in manifest.shards), *quarantined]))
     for name, reason in quarantined.items():
         log.warning("shard %s is put aside: %s", name, reason)
-    return shards, quarantined, skipped
+    return usable, quarantined, skipped
 
 
-def _check_shard(folder: Path, entry: ShardEntry, listed_ns: int) -> ShardIndex:
-    """The index of a shard that is the one in the manifest. Raises DataError when it is not."""
-    path = folder / entry.name
-    remedy = f"restore the shard, or index the folder again: mmscale-data index {folder}"
-    try:
-        stat = path.stat()
-        data = index_path(path).read_bytes()
-    except OSError as e:
-        raise DataError(f"{e.filename}: {e.strerror}; {remedy}") from None
-    if stat.st_size != entry.bytes:
-        raise DataError(f"{path}: {stat.st_size} bytes, the manifest says {entry.bytes}; {remedy}")
-    if idx_digest(data) != entry.idx_digest:
-        raise DataError(f"{index_path(path)}: not the index that the manifest names; {remedy}")
-    index = decode_index(data, index_path(path))
-    if index.tar_size != entry.bytes or len(index) != entry.samples:
-        raise DataError(f"{index_path(path)}: {len(index)} samples, the manifest says {entry.samples}; {remedy}")
-    # Reading a whole shard to hash it is for those that were touched; `mmscale-data verify` makes the manifest newer.
-    if stat.st_mtime_ns >= listed_ns and _retry(lambda: file_sha256(path), path) != entry.sha256:
-        raise DataError(f"{path}: modified after indexing (its sha256 differs); {remedy}")
-    return index
-
-
-def _retry(action: Callable[[], T], path: Path) -> T:
-    """The result of a file operation, tried again when it fails."""
-    try:
-        return action()
-    except OSError:
-        return _try_again(action, path)
-
-
-def _try_again(action: Callable[[], T], path: Path) -> T:
-    """The result of a file operation that has failed once; shared file systems have hiccups. DataError in the end."""
-    error = None
-    for delay_s in RETRY_DELAYS_S:
-        time.sleep(delay_s)
-        try:
-            return action()
-        except OSError as e:
-            error = e
-    tries, reason = len(RETRY_DELAYS_S) + 1, error.strerror if error else "no retry is set"
-    raise DataError(f"{path}: cannot be read after {tries} tries ({reason}); restore the shard and start again")
+def _allow_open_files(num: int) -> None:
+    """Raises this process's limit of open files, which often starts at 1024, as far as it must and may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(2 * MAX_OPEN_SHARDS, num) + 512
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

@@ -67,14 +67,14 @@ def check_value(value: Any, text: str) -> None:
             raise JsonFault("json_depth", f"nested {depth} deep, at most {MAX_DEPTH} is allowed")
 
 
-def parse_json(data: bytes) -> Any:
+def parse_json(data: bytes, max_bytes: int = MAX_BYTES) -> Any:
     """The value of a strict JSON text: UTF-8, finite numbers, one value per key, limits on depth, digits and bytes.
 
     Raises:
         JsonFault: anything else, with a reason word (`json_syntax`, `json_utf8`, `json_number`, ...).
     """
-    if len(data) > MAX_BYTES:
-        raise JsonFault("json_size", f"{len(data)} bytes, at most {MAX_BYTES} are allowed")
+    if len(data) > max_bytes:
+        raise JsonFault("json_size", f"{len(data)} bytes, at most {max_bytes} are allowed")
     try:
         text = data.decode("utf-8")
         value = DECODER.decode(text)

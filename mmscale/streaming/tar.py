@@ -1,4 +1,4 @@
-"""Every header of a plain tar read once: names, payload positions and a digest, without touching the payload.
+"""Every header of a tar read once: names, payload positions and a digest, without touching the payload.
 
 The reader never ends early in silence: each header's checksum is checked, sizes are held against the bytes that exist,
 the end marker is required and only zeros may follow it. (webdataset's default drops the rest of a damaged shard.)
@@ -10,10 +10,14 @@ import hashlib
 import mmap
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from mmscale.errors import DataError
+from mmscale.streaming.storage.local import LocalFile
+from mmscale.streaming.storage.zstd import FrameTable, ZstdFile, read_frame_table
 
 BLOCK = 512
 MAX_NAME_BYTES = 512
@@ -23,7 +27,9 @@ MAX_EXTENDED_BYTES = 1 << 20
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _REGULAR = (b"0", b"\0", b"7")
-_DIRECTORY = b"5"
+DIRECTORY = b"5"
+EXTENDED = b"LKxg"
+"""Types of the GNU and PAX headers that describe the member after them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +51,17 @@ class TarScan:
     headers: str
 
 
+class TarContent(Protocol):
+    """The bytes of a tar: its length and slices of it."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> bytes: ...
+
+
 @dataclass(slots=True)
-class _Extended:
-    """What GNU and PAX headers say about the member that follows them."""
+class Extended:
+    """What GNU and PAX headers say about the member that follows them; `fault`: why it may not be used."""
 
     name: bytes | None = None
     size: int | None = None
@@ -87,50 +101,95 @@ def name_fault(name: str) -> str:
     return "" if split_name(name)[1] else "name_without_extension"
 
 
+def is_zstd_name(name: str) -> bool:
+    """Whether a file is to be read as seekable zstd; one that is still being written (`.tmp`) counts too."""
+    return name.removesuffix(".tmp").endswith(".zst")
+
+
+@contextmanager
+def open_tar(path: Path) -> Iterator[tuple[TarContent, FrameTable | None]]:
+    """The content of a local `.tar` or seekable `.tar.zst`, and the frames of the latter.
+
+    Raises:
+        DataError: empty, or not seekable zstd.
+    """
+    size = path.stat().st_size
+    if is_zstd_name(path.name):
+        frames = read_frame_table(path)
+        yield _ZstdContent(ZstdFile(LocalFile(path, size), frames, str(path))), frames
+        return
+    if size == 0:
+        raise DataError(f"{path}: expected a tar, found 0 bytes; remove the file or copy it again")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        yield data, None
+
+
+class _ZstdContent:
+    def __init__(self, file: ZstdFile) -> None:
+        self._file = file
+
+    def __len__(self) -> int:
+        return self._file.size()
+
+    def __getitem__(self, part: slice) -> bytes:
+        start, stop, _ = part.indices(len(self))
+        return self._file.read(start, max(0, stop - start))
+
+
 def scan_tar(path: Path) -> TarScan:
-    """All members of a plain tar (ustar with prefix, GNU long names, PAX, base-256 sizes) by its headers alone.
+    """All members of a tar (ustar with prefix, GNU long names, PAX, base-256 sizes) by its headers alone.
 
     Raises:
         DataError: not a tar, empty, a damaged header, a cut-off file or a missing end marker; the text has the offset.
     """
-    with path.open("rb") as file:
-        size = path.stat().st_size
-        if size == 0:
-            raise DataError(f"{path}: expected a tar, found 0 bytes; remove the file or copy it again")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            digest = hashlib.blake2b(digest_size=16)
-            members = list(_members(path, data, digest))
-    return TarScan(members, size, digest.hexdigest())
+    with open_tar(path) as (data, _):
+        return scan_content(path, data)
 
 
-def _members(path: Path, data: mmap.mmap, digest: hashlib.blake2b) -> Iterator[Member]:
-    position, total, extended = 0, len(data), _Extended()
+def scan_content(path: Path, data: TarContent) -> TarScan:
+    """Like `scan_tar`, of a tar that is open. `path`: for messages."""
+    digest = hashlib.blake2b(digest_size=16)
+    members = list(_members(path, data, digest))
+    return TarScan(members, len(data), digest.hexdigest())
+
+
+def _members(path: Path, data: TarContent, digest: hashlib.blake2b) -> Iterator[Member]:
+    position, total, extended = 0, len(data), Extended()
     while True:
         header = data[position : position + BLOCK]
         if not header.strip(b"\0") and len(header) == BLOCK:
             _check_end(path, data, position)
             return
         digest.update(header)
-        kind, size = _read_header(path, header, position, total)
+        kind, size = read_header(path, header, position, total)
         start = position + BLOCK
-        if extended.size is not None and kind not in b"LKxg":
+        if extended.size is not None and kind not in EXTENDED:
             size = extended.size
         if start + size > total:
             raise DataError(
                 f"{path}: the member at offset {position} has {size} bytes, but the file ends after {total - start} of "
                 "them; the shard is cut off: copy it again"
             )
-        if kind in b"LKxg":
-            _read_extended(path, data, kind, start, size, extended)
+        if kind in EXTENDED:
+            body = data[start : start + size] if size <= MAX_EXTENDED_BYTES else None
+            read_extended(path, kind, body, position, extended)
         else:
-            if kind != _DIRECTORY:  # a folder holds no data; everything else is a member or is counted
-                yield _member(header, kind, start, size, extended)
-            extended = _Extended()
+            if kind != DIRECTORY:  # a folder holds no data; everything else is a member or is counted
+                yield as_member(header, kind, start, size, extended)
+            extended = Extended()
         position = start + (size + BLOCK - 1) // BLOCK * BLOCK
 
 
-def _read_header(path: Path, header: bytes, position: int, total: int) -> tuple[bytes, int]:
-    """Type and payload size of a header block whose checksum is right."""
+def read_header(path: Path | str, header: bytes, position: int, total: int) -> tuple[bytes, int]:
+    """Type and payload size of a header block whose checksum is right.
+
+    Args:
+        path: the shard, for the message.
+        position: of the block in the tar, of `total` bytes.
+
+    Raises:
+        DataError: the block is short, or not a header.
+    """
     if len(header) < BLOCK:
         raise DataError(
             f"{path}: no end marker at offset {position} of {total} bytes; the shard is cut off: copy it again"
@@ -151,7 +210,7 @@ def _number(octets: bytes) -> int:
     return int.from_bytes(octets[1:], "big") if octets[0] & 0x80 else int(octets.strip(b"\0 ") or b"0", 8)
 
 
-def _check_end(path: Path, data: mmap.mmap, position: int) -> None:
+def _check_end(path: Path, data: TarContent, position: int) -> None:
     """Refuses anything but zeros after the end marker: a zeroed header in the middle must not hide what follows."""
     for start in range(position, len(data), 1 << 20):
         if data[start : start + (1 << 20)].strip(b"\0"):
@@ -161,14 +220,21 @@ def _check_end(path: Path, data: mmap.mmap, position: int) -> None:
             )
 
 
-def _read_extended(path: Path, data: mmap.mmap, kind: bytes, start: int, size: int, extended: _Extended) -> None:
-    """Takes name and size of the next member from a GNU (`L`, `K`) or PAX (`x`, `g`) header."""
+def read_extended(path: Path | str, kind: bytes, body: bytes | None, position: int, extended: Extended) -> None:
+    """Takes name and size of the next member from a GNU (`L`, `K`) or PAX (`x`, `g`) header.
+
+    Args:
+        body: its payload; None = longer than MAX_EXTENDED_BYTES.
+        position: of the header block in the tar, for the message.
+
+    Raises:
+        DataError: damaged PAX records.
+    """
     if kind in b"Kg":  # link targets are never followed; global PAX records name no member
         return
-    if size > MAX_EXTENDED_BYTES:
+    if body is None:
         extended.fault = "name_too_long"
         return
-    body = data[start : start + size]
     if kind == b"L":
         extended.name = body.rstrip(b"\0")
         return
@@ -176,8 +242,10 @@ def _read_extended(path: Path, data: mmap.mmap, kind: bytes, start: int, size: i
         extended.pax = dict(_pax_records(body))
         extended.name = extended.pax.get(b"path", extended.name)
         extended.size = int(extended.pax[b"size"]) if b"size" in extended.pax else None
+        if extended.size is not None and extended.size < 0:
+            raise ValueError("negative size")  # would lead the scan backwards, round and round
     except ValueError:
-        raise DataError(f"{path}: damaged PAX header at offset {start - BLOCK}; copy the shard again") from None
+        raise DataError(f"{path}: damaged PAX header at offset {position}; copy the shard again") from None
     if any(name.startswith(b"GNU.sparse") for name in extended.pax):
         extended.fault = "not_regular"
 
@@ -194,7 +262,8 @@ def _pax_records(body: bytes) -> Iterator[tuple[bytes, bytes]]:
         position += length
 
 
-def _member(header: bytes, kind: bytes, start: int, size: int, extended: _Extended) -> Member:
+def as_member(header: bytes, kind: bytes, start: int, size: int, extended: Extended) -> Member:
+    """The member of a header block, its name taken from the extended headers before it where they have one."""
     raw = extended.name
     if raw is None:
         raw = header[:100].split(b"\0", 1)[0]

@@ -26,22 +26,23 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from mmscale.config.schema import Config
-from mmscale.config.specs import media_specs
+from mmscale.config.specs import extra_tokens, media_specs
 from mmscale.errors import CheckpointError, ConfigError
 from mmscale.logging import get_logger
 from mmscale.model.composite import MultimodalLM, skeleton
 from mmscale.model.convert import ExportPlan, Target, export_plan
 from mmscale.model.description import MmscaleConfig, describe
+from mmscale.model.hub import media_inputs
 from mmscale.model.processor import save_llava_processor
-from mmscale.streaming.chat import ChatTemplate, encode_chat, load_template, stop_ids, to_jinja
+from mmscale.streaming.chat import ChatTemplate, load_template, stop_ids, to_jinja
 from mmscale.streaming.collate import collate
-from mmscale.streaming.decode.image import decode_image
+from mmscale.streaming.encode import DecodedMedia, decode_media, encode_turns
 from mmscale.streaming.tokenizer import TextTokenizer
 from mmscale.train import export_proof
 from mmscale.train.checkpoint import CheckpointReader, newest_checkpoint, open_checkpoint
 from mmscale.train.safetensors_writer import SafetensorsWriter
 from mmscale.train.setup import load_tokenizer
-from mmscale.types import MODALITIES, EncodedMedia, EncodedSample, MediaSpecs, Modality, Turn
+from mmscale.types import MEDIA_TOKENS, MODALITIES, EncodedSample, MediaBytes, MediaSpecs, Turn
 
 log = get_logger(__name__)
 
@@ -49,6 +50,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = 1e-4
 """Largest difference of logits between the training model and the reloaded export, both computing in fp32 from the same
 stored numbers, relative to the largest logit. Measured 1e-6; a wrong tensor gives 1e-2 and more."""
+PIXEL_TOLERANCE = 0.05
+"""Largest mean difference, of 255, between our pixels and those of a stock image processor, which resizes by Pillow.
+Measured 0.01; bilinear instead of bicubic gives 5 and more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +130,7 @@ def _open(source: Path) -> _Source:
     config = Config.model_validate(reader.trainer["config"])
     tokenizer = load_tokenizer(config)
     template = load_template(config.data.template)
-    specs = media_specs(config.model, config.data.image)
+    specs = media_specs(config.model, config.data)
     media_ids: dict[str, int] = {modality: tokenizer.media_id(modality) for modality in MODALITIES}
     description = describe(config.model, tokenizer.vocab_size, specs, media_ids, template.name)
     return _Source(reader, config, tokenizer, template, specs, description)
@@ -203,48 +207,44 @@ def _probe(trained: _Source, plan: ExportPlan) -> _Probe:
     buffer = io.BytesIO()
     pixels = torch.randint(0, 256, (37, 53, 3), dtype=torch.uint8, generator=generator)
     Image.fromarray(pixels.numpy()).save(buffer, "PNG")
-    specs, data = trained.specs, {}
-    counts: dict[Modality, list[int]] = {}
+    specs = trained.specs
+    media: list[DecodedMedia] = []
     if specs.image is not None and "vision" not in plan.left_out:
-        data["image"] = decode_image(buffer.getvalue(), specs.image, pixels.numel())[None]
-        counts["image"] = [specs.image.tokens]
+        media.append(decode_media(MediaBytes("image", "png", buffer.getvalue()), specs, pixels.numel()))
     if specs.audio is not None and "audio" not in plan.left_out:
         a = specs.audio
         shape = (1, a.mel_bins, a.window_samples // a.hop_samples) if a.features == "log_mel" else (1, a.window_samples)
-        data["audio"] = torch.randn(shape, generator=generator)
-        counts["audio"] = [a.num_tokens(a.window_samples // 2 + 1)]
-    tags = {"image": "<image>", "audio": "<audio>"}
-    text = "".join(f"{tags[modality]}\n" for modality in data) + "What is this? Answer in one word."
-    chat = encode_chat(trained.template, trained.tokenizer, (Turn("user", text),), counts, generation_prompt=True)
-    media = tuple(EncodedMedia(m, data[m], slot, counts[m][i]) for m, i, slot in chat.slots)
+        windows = torch.randn(shape, generator=generator)
+        media.append(DecodedMedia("audio", windows, a.num_tokens(a.window_samples // 2 + 1)))
+    text = "".join(f"{MEDIA_TOKENS[item.modality]}\n" for item in media) + "What is this? Answer in one word."
+    turns = (Turn("user", text),)
+    chat, placed = encode_turns(trained.template, trained.tokenizer, turns, media, generation_prompt=True)
     ids = torch.from_numpy(chat.input_ids)
-    document = EncodedSample("probe", ids, torch.zeros(len(ids), dtype=torch.bool), media)
+    document = EncodedSample("probe", ids, torch.zeros(len(ids), dtype=torch.bool), placed)
     return _Probe([{"role": "user", "content": text}], buffer.getvalue(), document)
 
 
 def _prove(trained: _Source, plan: ExportPlan, folder: Path, dtype: torch.dtype) -> float:
     """The logit error of the export in a fresh process. Raises CheckpointError when it is not the training model."""
     probe = _probe(trained, plan)
-    expected = _training_logits(trained, probe, dtype)
-    with tempfile.TemporaryDirectory() as scratch:
-        probe_path, result_path = Path(scratch) / "probe.safetensors", Path(scratch) / "result.safetensors"
-        save_file(_probe_tensors(probe), probe_path)
-        command = [sys.executable, "-P", export_proof.__file__, str(folder), str(probe_path), str(result_path)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise CheckpointError(
-                f"expected a fresh process to open the export, found:\n{done.stderr[-2000:]}\nnothing was kept"
-            )
-        result = load_file(result_path)
+    found = _probe_export(folder, _probe_tensors(probe, trained.specs))
     wanted_ids, found_ids = (
-        _collapsed(ids.tolist(), trained.tokenizer) for ids in (probe.document.input_ids, result["input_ids"])
+        _collapsed(ids.tolist(), trained.tokenizer, extra_tokens(trained.config.data))
+        for ids in (probe.document.input_ids, found["input_ids"])
     )
     if wanted_ids != found_ids:
         raise CheckpointError(
             f"expected the export's tokenizer and chat template to give {wanted_ids} for {probe.messages[0]['content']!r}, "
             f"found {found_ids}; nothing was kept"
         )
-    error = ((result["logits"] - expected).abs().max() / expected.abs().max()).item()
+    document = probe.document
+    if "pixel_values" in found:
+        _check_pixels(document.media[0].data, found["pixel_values"], trained.description)
+        document = dataclasses.replace(
+            document, media=(dataclasses.replace(document.media[0], data=found["pixel_values"]),)
+        )
+    expected = _training_logits(trained, document, dtype)
+    error = ((found["logits"] - expected).abs().max() / expected.abs().max()).item()
     if not error <= TOLERANCE:
         raise CheckpointError(
             f"expected the training model's logits from the export, found a relative difference of {error:.1e}; nothing was kept"
@@ -252,18 +252,42 @@ def _prove(trained: _Source, plan: ExportPlan, folder: Path, dtype: torch.dtype)
     return error
 
 
+def _probe_export(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the export makes of the probe in a fresh process: `logits`, `input_ids`, and its own processor's `pixel_values`."""
+    with tempfile.TemporaryDirectory() as scratch:
+        probe_path, result_path = Path(scratch) / "probe.safetensors", Path(scratch) / "result.safetensors"
+        save_file(tensors, probe_path)
+        command = [sys.executable, "-P", export_proof.__file__, str(folder), str(probe_path), str(result_path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise CheckpointError(
+                f"expected a fresh process to open the export, found:\n{done.stderr[-2000:]}\nnothing was kept"
+            )
+        return load_file(result_path)
+
+
+def _check_pixels(ours: Tensor, theirs: Tensor, description: MmscaleConfig) -> None:
+    """Raises CheckpointError unless normalised pixels [1, 3, S, S] are the uint8 ones but for the rounding of resizing."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (description.image_mean, description.image_std))
+    difference = ((theirs * std + mean) * 255 - ours).abs() if theirs.shape == ours.shape else torch.tensor(torch.inf)
+    if not (difference.mean() <= PIXEL_TOLERANCE and difference.max() <= 2.5):
+        raise CheckpointError(
+            f"expected the training model's pixels {list(ours.shape)} from the export's image processor, found "
+            f"{list(theirs.shape)}, other by {difference.mean():.2g} of 255 on average; nothing was kept"
+        )
+
+
 @torch.no_grad()
-def _training_logits(trained: _Source, probe: _Probe, dtype: torch.dtype) -> Tensor:
+def _training_logits(trained: _Source, document: EncodedSample, dtype: torch.dtype) -> Tensor:
     """Logits fp32 [L, V] of the training model, with weights rounded to the stored type."""
     model: MultimodalLM = skeleton(trained.description, trained.config.model).eval()
     read = _tensor_reader(trained)
     for name, parameter in model.named_parameters():
         parameter.copy_(read(name).to(dtype))
-    pack = collate([probe.document], trained.specs)
-    return model.logits(pack, torch.arange(len(probe.document)))
+    return model.logits(collate([document], trained.specs), torch.arange(len(document)))
 
 
-def _probe_tensors(probe: _Probe) -> dict[str, Tensor]:
+def _probe_tensors(probe: _Probe, specs: MediaSpecs) -> dict[str, Tensor]:
     def as_bytes(data: bytes) -> Tensor:
         return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
@@ -272,15 +296,12 @@ def _probe_tensors(probe: _Probe) -> dict[str, Tensor]:
         "picture": as_bytes(probe.picture),
         "input_ids": probe.document.input_ids[None],
     }
-    for item in probe.document.media:
-        if item.modality == "image":
-            tensors["pixel_values"] = item.data
-        else:
-            tensors |= {"input_features": item.data, "feature_rows": torch.tensor([item.num_tokens])}
-    return tensors
+    return {**tensors, **media_inputs(probe.document.media, specs)}
 
 
-def _collapsed(ids: Sequence[int], tokenizer: TextTokenizer) -> list[int]:
-    """The ids with every run of one medium's slots as a single id."""
+def _collapsed(ids: Sequence[int], tokenizer: TextTokenizer, newlines: Sequence[str]) -> list[int]:
+    """The ids with every run of one medium's slots as a single id, without the newline tokens inside."""
+    gone = {tokenizer.special_id(token) for token in newlines}
     media = {tokenizer.media_id(modality) for modality in MODALITIES}
-    return [token for i, token in enumerate(ids) if not (i and token in media and ids[i - 1] == token)]
+    kept = [token for token in ids if token not in gone]
+    return [token for i, token in enumerate(kept) if not (i and token in media and kept[i - 1] == token)]

@@ -21,7 +21,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokeniz
 
 
 def main(folder: str, probe_path: str, result_path: str) -> None:
-    """Writes `logits` fp32 [L, V], and the `input_ids` [L] that the folder's own tokenizer or processor gives."""
+    """Writes `logits` fp32 [L, V], and the `input_ids` [L] and `pixel_values` that the folder's own processor gives.
+
+    Of an own export the `input_ids` are those of its tokenizer, with one id per medium; pixels are the probe's.
+    """
     probe = load_file(probe_path)
     messages = json.loads(bytes(probe["messages"].tolist()))
     is_own = json.loads((Path(folder) / "config.json").read_text())["model_type"] == "mmscale"
@@ -38,7 +41,7 @@ def main(folder: str, probe_path: str, result_path: str) -> None:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-        names = ("input_ids", "pixel_values", "input_features", "feature_rows")
+        names = ("input_ids", "pixel_values", "image_rows", "input_features", "feature_rows")
         inputs = {name: probe[name] for name in names if name in probe}
     else:
         processor = AutoProcessor.from_pretrained(folder)
@@ -48,7 +51,8 @@ def main(folder: str, probe_path: str, result_path: str) -> None:
         ids = inputs["input_ids"]
     with torch.no_grad():
         logits = model.eval()(**inputs).logits[0].float()
-    save_file({"logits": logits.contiguous(), "input_ids": ids[0].contiguous()}, result_path)
+    result = {"logits": logits, "input_ids": ids[0], **({} if is_own else {"pixel_values": inputs["pixel_values"]})}
+    save_file({name: tensor.contiguous() for name, tensor in result.items()}, result_path)
     assert is_own or "mmscale" not in sys.modules, "a stock export must not need mmscale"
 
 

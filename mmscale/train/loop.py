@@ -17,8 +17,7 @@ from mmscale.logging import get_logger
 from mmscale.parallel.comm import broadcast_object, gather_objects, sum_floats, sum_ints
 from mmscale.parallel.engines.base import StepResult
 from mmscale.parallel.mesh import Mesh
-from mmscale.streaming.loader import StepBatch
-from mmscale.streaming.state import StreamState
+from mmscale.streaming.protocol import DataState, DataStep
 from mmscale.train.checkpoint import save_checkpoint
 from mmscale.train.metrics import Reporter, StepMetrics, resident_gb
 from mmscale.train.schedule import lr_factor
@@ -56,7 +55,8 @@ def train(config: Config, mesh: Mesh, stop: StopFlag) -> None:
         if run is None:
             return
         with Reporter(config, run.mesh.is_main, run.first_step) as reporter:
-            reporter.event("resume" if run.first_step > 1 else "start", run.first_step - 1)
+            began = "resume" if run.first_step > 1 else "start"
+            reporter.event(began, run.first_step - 1, dp_size=run.mesh.dp_size)
             _steps(run, reporter, stop)
 
 
@@ -101,8 +101,8 @@ def _steps(run: Run, reporter: Reporter, stop: StopFlag) -> None:
 
 
 def _step(
-    run: Run, reporter: Reporter, before: StreamState, batch: StepBatch, totals: StepTotals, clock: Clock
-) -> tuple[StreamState, bool]:
+    run: Run, reporter: Reporter, before: DataState | None, batch: DataStep, totals: StepTotals, clock: Clock
+) -> tuple[DataState, bool]:
     """One optimizer step and its report; gives the data state after it, and whether loss and gradient were finite."""
     step = clock.step
     # by counter, not by state: whatever is random in the model depends on seed, step and rank alone
@@ -116,7 +116,8 @@ def _step(
     skips = _all_skips(run.mesh, batch.packs) if totals.num_skips else ()
     state = batch.state_after(before, skips)
     metrics = _metrics(run, batch, totals, clock, result, loss, state)
-    reporter.step(metrics, batch.ids, [dataclasses.asdict(skip) for skip in skips])
+    named = (*skips, *batch.left_out()) if run.mesh.is_main else ()
+    reporter.step(metrics, batch.ids, [dataclasses.asdict(skip) for skip in named])
     if result.skipped:
         log.warning("step %d: no update: loss %s, gradient norm %s", step, loss, result.grad_norm)
     return state, math.isfinite(loss) and math.isfinite(result.grad_norm)
@@ -127,7 +128,7 @@ def _learning_rates(run: Run, step: int) -> list[float]:
     return [group.lr * lr_factor(step, run.config.train) for group in run.groups]
 
 
-def agree(mesh: Mesh, batch: StepBatch, stop: StopFlag) -> StepTotals:
+def agree(mesh: Mesh, batch: DataStep, stop: StopFlag) -> StepTotals:
     """Counts of the global batch, and whether any rank was asked to stop: one small all-reduce on host memory."""
     own = [int(stop.is_set), sum(p.num_targets for p in batch.packs), sum(len(p.skipped) for p in batch.packs)]
     own += [sum(p.tokens.get(kind, 0) for p in batch.packs) for kind in KINDS]
@@ -161,7 +162,7 @@ def _all_skips(mesh: Mesh, packs: tuple[PackedBatch, ...]) -> tuple[Skip, ...]:
 
 
 def _metrics(
-    run: Run, batch: StepBatch, totals: StepTotals, clock: Clock, result: StepResult, loss: float, state: StreamState
+    run: Run, batch: DataStep, totals: StepTotals, clock: Clock, result: StepResult, loss: float, state: DataState
 ) -> StepMetrics:
     took = time.perf_counter() - clock.started
     tokens = sum(totals.tokens.values())
@@ -199,7 +200,7 @@ def validate(run: Run, reporter: Reporter, step: int) -> None:
     reporter.validation(step, sum_floats(run.mesh, [loss])[0] / max(1, all_targets), all_targets)
 
 
-def save(run: Run, reporter: Reporter, state: StreamState, step: int) -> Path:
+def save(run: Run, reporter: Reporter, state: DataState, step: int) -> Path:
     """A committed checkpoint after `step` finished steps."""
     started = time.perf_counter()
     config = run.config
@@ -215,8 +216,9 @@ def save(run: Run, reporter: Reporter, state: StreamState, step: int) -> Path:
     return path
 
 
-def _stop(run: Run, reporter: Reporter, state: StreamState, step: int, saved: int) -> None:
+def _stop(run: Run, reporter: Reporter, state: DataState | None, step: int, saved: int) -> None:
     if step > saved:
+        assert state is not None, "a step was made, and it gave a state"
         save(run, reporter, state, step)
     reporter.event("stop", step)
     log.info("stopped on request after step %d; the same command goes on from there", step)

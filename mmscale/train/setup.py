@@ -6,9 +6,11 @@ import hashlib
 import json
 import os
 import subprocess
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +19,22 @@ import torch
 import mmscale
 from mmscale import logging
 from mmscale.config.checks import check_config, check_lengths
+from mmscale.config.cost import run_cost
 from mmscale.config.load import dump_config
+from mmscale.config.mixture import is_stream_mode
 from mmscale.config.schema import Config, SourceConfig
-from mmscale.config.specs import media_specs
+from mmscale.config.specs import extra_tokens, media_specs
 from mmscale.errors import CheckpointError, RefusedInputError
 from mmscale.model.composite import MultimodalLM, build_model
 from mmscale.parallel.apply import external_parts, make_engine
-from mmscale.parallel.comm import barrier, broadcast_object
+from mmscale.parallel.comm import all_gather_objects, barrier, broadcast_object, sum_ints
 from mmscale.parallel.engines.base import Engine
 from mmscale.parallel.mesh import Mesh
+from mmscale.streaming.lengths import Turn
 from mmscale.streaming.loader import Stream
-from mmscale.streaming.state import StreamState
+from mmscale.streaming.protocol import DataState, DataStream
 from mmscale.streaming.tokenizer import TextTokenizer
+from mmscale.streaming.unindexed.stream import UnindexedStream
 from mmscale.train.checkpoint import CheckpointReader, find_checkpoint
 from mmscale.train.flops import FlopModel, flop_model
 from mmscale.train.optim import ParamGroup, build_optimizer, param_groups
@@ -37,25 +43,26 @@ from mmscale.types import MediaSpecs
 log = logging.get_logger(__name__)
 
 DONE = "DONE"
+_JOIN_EVERY_S = 20.0
 
 
 @dataclass(frozen=True)
 class Run:
     """Everything a step needs.
 
-    `first_step`: the next optimizer step (1 = a new run). `state`: the data state before it. `external`: path and sha256 of
+    `first_step`: the next optimizer step (1 = a new run). `state`: the data state before it, None = the beginning. `external`: path and sha256 of
     the frozen parts whose weights checkpoints leave out.
     """
 
     config: Config
     mesh: Mesh
-    stream: Stream
+    stream: DataStream
     eval_stream: Stream | None
     engine: Engine
     groups: Sequence[ParamGroup]
     flops: FlopModel
     first_step: int
-    state: StreamState
+    state: DataState | None
     external: Mapping[str, Mapping[str, str]]
 
     @property
@@ -147,8 +154,8 @@ def _prepare_folder(config: Config) -> None:
 
 def _assemble(config: Config, mesh: Mesh) -> Run:
     tokenizer = load_tokenizer(config)
-    specs = media_specs(config.model, config.data.image)
-    stream = _open_stream(config, config.data.sources, tokenizer, specs, mesh)
+    specs = media_specs(config.model, config.data)
+    stream = _training_stream(config, tokenizer, specs, mesh)
     eval_stream = _open_stream(config, config.eval.sources, tokenizer, specs, mesh) if config.eval.every else None
     reader = find_checkpoint(Path(config.run.dir) / "checkpoints", mesh)
     model = build_model(config, tokenizer.vocab_size, specs)
@@ -159,7 +166,7 @@ def _assemble(config: Config, mesh: Mesh) -> Run:
         mesh, {name: weights_sha256(path) for name, path in external.items()} if mesh.is_main else {}
     )
     # before the engine: a checkpoint of other data or weights is refused without the work of loading it
-    state = StreamState(stream.facts) if reader is None else stream.restore(reader.trainer["data"])
+    state = None if reader is None else stream.restore(reader.trainer["data"])
     if reader is not None:
         _check_external(reader, external, hashes)
     engine = make_engine(
@@ -195,23 +202,51 @@ def _check_external(reader: CheckpointReader, external: Mapping[str, str], hashe
 def load_tokenizer(config: Config) -> TextTokenizer:
     """The run's tokenizer with its added tokens and padded vocabulary."""
     section = config.model.tokenizer
-    return TextTokenizer.load(section.path, section.add_tokens, section.pad_to_multiple)
+    return TextTokenizer.load(section.path, (*section.add_tokens, *extra_tokens(config.data)), section.pad_to_multiple)
+
+
+def _training_stream(config: Config, tokenizer: TextTokenizer, specs: MediaSpecs, mesh: Mesh) -> DataStream:
+    """The training data, indexed or in stream mode."""
+    sources = config.data.sources
+    if not is_stream_mode("data.sources", sources):
+        return _open_stream(config, sources, tokenizer, specs, mesh)
+    return UnindexedStream.open(
+        config.data, sources, tokenizer, specs, global_batch=config.train.global_batch, dp_rank=mesh.dp_rank,
+        dp_size=mesh.dp_size, workers=config.data.workers, exchange=partial(all_gather_objects, mesh),
+    )  # fmt: skip
 
 
 def _open_stream(
     config: Config, sources: Mapping[str, SourceConfig], tokenizer: TextTokenizer, specs: MediaSpecs, mesh: Mesh
 ) -> Stream:
-    """The stream of some sources. Rank 0 goes first: it writes the length columns that the others then find."""
+    """The stream of some sources; the ranks share the work of computing lengths that are not stored yet."""
+    together = _Together(mesh)
+    stream = Stream.open(
+        config.data, sources, tokenizer, specs, cost=run_cost(config, specs, tokenizer.vocab_size),
+        global_batch=config.train.global_batch,
+        dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, workers=config.data.workers,
+        turn=Turn(mesh.rank, mesh.world_size, together.still_working),
+    )  # fmt: skip
+    together.wait()
+    return stream
 
-    def open_stream() -> Stream:
-        return Stream.open(
-            config.data, sources, tokenizer, specs, global_batch=config.train.global_batch, dp_rank=mesh.dp_rank,
-            dp_size=mesh.dp_size, workers=config.data.workers,
-        )  # fmt: skip
 
-    stream = open_stream() if mesh.is_main else None
-    barrier(mesh)
-    return stream if stream is not None else open_stream()
+class _Together:
+    """Lets ranks wait for each other longer than a collective may take: those that still work join in now and then."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh, self._joined = mesh, time.monotonic()
+
+    def still_working(self) -> None:
+        """Call it often; it joins the others every `_JOIN_EVERY_S`."""
+        if time.monotonic() - self._joined > _JOIN_EVERY_S:
+            sum_ints(self._mesh, [1])
+            self._joined = time.monotonic()
+
+    def wait(self) -> None:
+        """Returns when every rank has come here."""
+        while sum_ints(self._mesh, [0]) != [0]:
+            pass
 
 
 def count_parameters(model: MultimodalLM, trained: Mapping[str, Any]) -> list[tuple[str, int, bool]]:

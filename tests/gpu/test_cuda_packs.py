@@ -100,7 +100,7 @@ def test_a_step_on_the_gpu_equals_one_on_the_cpu(seed, dtype, bound):
     losses, grads = [], []
     for device, precision in (("cpu", "fp32"), ("cuda", dtype)):
         config = tiny_config(precision)
-        specs = media_specs(config.model, config.data.image)
+        specs = media_specs(config.model, config.data)
         model = build_model(config, 256, specs).to(device)
         with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
             loss = model(make_pack(specs, seed).to(device))

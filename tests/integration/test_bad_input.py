@@ -1,4 +1,25 @@
-"""Bad data and bad configs through the real training loop and the real command."""
+"""Bad data and bad configs through the real training loop and the real command.
+
+Rows of the list of bad inputs (shards A, media B, text C) and their tests, each between good samples and with the account
+`indexed = delivered + skipped`; R = test_bad_input_rows.py, which reads them through the real index and stream:
+
+    A1 A2 A7 A8     R test_a_bad_shard_is_put_aside_between_good_ones
+    A3              R test_commands_in_place_of_a_folder_are_refused; unit/test_storage.py, unit/test_shards.py
+    A4 A5 A10 A11   R test_members_that_no_reader_takes_are_left_out; unit/test_tar_index.py
+    A6              R test_a_bad_shard_..., test_a_shard_lost_in_the_third_epoch_ends_the_run
+    A9              R test_a_bomb_is_refused_without_unpacking_it; unit/test_storage.py (zstd), unit/test_convert_data.py
+    A12             R test_a_sample_in_two_places_is_not_trained_on
+    A13 B1 B2 B3    R test_a_bad_sample_costs_itself_alone; below test_every_indexed_sample_is_delivered_or_skipped_by_reason
+    A14 A15         R test_a_shard_listed_twice_is_refused, ..._of_other_content_is_put_aside; below ..._changed_after_...
+    A16             R test_a_shard_lost_in_the_third_epoch_ends_the_run; unit/test_shards.py (tried again)
+    B4              R test_unusual_pictures_are_delivered_as_upright_rgb; unit/test_decode_image.py
+    B5              R test_a_bad_sample_costs_itself_alone; unit/test_decode_audio.py
+    B6              R the same, test_a_lying_duration_is_not_believed, test_a_clip_that_hangs_the_decoder_is_skipped_in_time;
+                    unit/test_workers.py (a decoder that hangs or crashes in each way)
+    C1 C2 C3        R test_a_bad_sample_costs_itself_alone; unit/test_rows.py
+    C4              R test_special_strings_in_user_text_are_text; unit/test_chat.py
+    C5              R test_long_samples_never_reach_into_another_document
+"""
 
 import io
 import json

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("sklearn", reason="scikit-learn (extra `demo`) is not installed")
 
-from mmscale.data_tools.demo import load_digits, write_demo
+from mmscale.data_tools.demo import load_digits, video_rows, write_demo
 from mmscale.streaming.chat import encode_chat, load_template
+from mmscale.streaming.decode.video import decode_video
 from mmscale.streaming.rows import parse_sample
 from mmscale.streaming.tokenizer import TextTokenizer
+from mmscale.types import ImageSpec, VideoSpec
 
 SCALE = 0.02
 
@@ -24,7 +28,7 @@ def demo(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
     lines = []
     write_demo(folder, SCALE, lines.append)
-    assert len(lines) == 10
+    assert len(lines) == 12
     return folder
 
 
@@ -46,8 +50,8 @@ def images(row: dict) -> list[bytes]:
 
 def test_webdataset_reads_every_row(demo):
     expected = {
-        "train/digits": 29, "train/compare": 20, "train/words": 16, "train/audio": 50, "train/text": 10,
-        "heldout/digits": 10, "heldout/compare": 2, "heldout/words": 2, "heldout/audio": 6,
+        "train/digits": 29, "train/compare": 20, "train/words": 16, "train/video": 10, "train/audio": 50, "train/text": 10,
+        "heldout/digits": 10, "heldout/compare": 2, "heldout/words": 2, "heldout/video": 1, "heldout/audio": 6,
     }  # fmt: skip
     found = {name: rows(demo / name) for name in expected}
     assert {name: len(r) for name, r in found.items()} == expected
@@ -56,8 +60,8 @@ def test_webdataset_reads_every_row(demo):
         for row in group:
             turns = conversation(row)
             assert turns[-1][0] == "gpt" and turns[-1][1]
-            media = [ext for ext in row if ext.endswith(("png", "flac"))]
-            tags = sum(text.count("<image>") + text.count("<audio>") for who, text in turns if who == "human")
+            media = [ext for ext in row if ext.endswith(("png", "mp4", "flac"))]
+            tags = sum(len(re.findall("<image>|<video>|<audio>", text)) for who, text in turns if who == "human")
             assert tags == len(media) and (tags > 0) == ("text" not in name)
     assert {conversation(row)[0][1] for row in found["heldout/digits"]} == {"<image>\nWhich digit is this?"}
 
@@ -86,6 +90,30 @@ def test_digits_and_comparisons_are_answered_truly(demo):
                 assert int(turns[3][1]) == values[ordinal]
             turns_seen.add(len(turns))
     assert turns_seen == {2, 4}
+
+
+def test_the_digit_of_a_clip_moves_as_the_answer_says(demo):
+    """Measured on the frames that the recipe takes."""
+    clips = [(row["mp4"], conversation(row)[1][1]) for row in rows(demo / "heldout/video")]
+    clips += [(row.media[0][1], row.turns[1].text) for row in video_rows(load_digits(SCALE)[0], 60, 0)]
+    for clip, answer in clips:
+        frames = decode_video(clip, VideoSpec(frames=4), ImageSpec(size=32, tokens=16), 10_000).double().mean(1)
+        ink = (frames - frames.flatten(1).median(1).values[:, None, None]).abs()
+        centres = (ink.sum(1) * torch.arange(32)).sum(1) / ink.sum((1, 2))
+        ways = centres.diff() * (1 if answer == "right" else -1)
+        assert len(frames) == 4 and (ways > 0.5).all(), (answer, centres)
+    assert {answer for _, answer in clips} == {"left", "right"}
+
+
+def test_no_held_out_digit_moves_in_the_training_clips(monkeypatch):
+    """Clips show training scans in `train` and held-out scans in `heldout`, whatever the encoder makes of them."""
+    train, heldout = load_digits(SCALE)
+    seen = []
+    monkeypatch.setattr("mmscale.data_tools.demo._moving_digit", lambda digit, *_: seen.append(digit.png) or b"clip")
+    for split, digits in enumerate((train, heldout)):
+        seen.clear()
+        assert len(list(video_rows(digits, 20, split))) == 20
+        assert set(seen) <= {digit.png for digit in digits}
 
 
 def envelope(flac: bytes) -> np.ndarray:
@@ -131,11 +159,11 @@ def test_the_tokenizer_takes_every_row_and_keeps_digits_apart(demo):
     (ids,) = tokenizer.encode_batch(["12 apples, 345"])
     assert {"1", "2", "3", "4", "5"} <= {tokenizer.decode([i]) for i in ids}
     template = load_template("chatml")
-    for name in ("digits", "compare", "words", "audio", "text"):
+    for name in ("digits", "compare", "words", "video", "audio", "text"):
         for row in rows(demo / "train" / name):
             members = [(ext, data) for ext, data in row.items() if not ext.startswith("__")]
             sample = parse_sample(row["__key__"], members)
-            media = {m: [2] * sum(item.modality == m for item in sample.media) for m in ("image", "audio")}
+            media = {m: [2] * sum(item.modality == m for item in sample.media) for m in ("image", "video", "audio")}
             out = encode_chat(template, tokenizer, sample.turns, {m: n for m, n in media.items() if n})
             answers = "".join(t.text + "<|im_end|>" for t in sample.turns if t.role == "assistant")
             assert tokenizer.decode(out.input_ids[out.is_target].tolist()) == answers

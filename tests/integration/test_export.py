@@ -17,18 +17,22 @@ SMALL = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def trained(demo_data, tmp_path_factory):
-    """A run of four steps."""
+def _train(demo_data, run, overrides=()):
     from mmscale.config.load import load_config
     from mmscale.config.schema import ParallelConfig
     from mmscale.parallel.mesh import init_mesh
     from mmscale.train.loop import train
     from mmscale.train.signals import StopFlag
 
-    run = tmp_path_factory.mktemp("trained") / "run"
-    config = load_config(RECIPE, [f"data.root={demo_data}", f"run.dir={run}", *SMALL])
+    config = load_config(RECIPE, [f"data.root={demo_data}", f"run.dir={run}", *SMALL, *overrides])
     train(config, init_mesh(ParallelConfig(), "cpu"), StopFlag())
+
+
+@pytest.fixture(scope="module")
+def trained(demo_data, tmp_path_factory):
+    """A run of four steps."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    _train(demo_data, run)
     return run
 
 
@@ -182,6 +186,32 @@ def test_bf16_export_is_rounded_once(trained, tmp_path):
     assert all(
         t.dtype == torch.bfloat16 and torch.equal(t, reader.read(f"model.{n}").bfloat16()) for n, t in tensors.items()
     )
+
+
+def test_a_model_of_tiles_with_newlines_exports_and_answers(demo_data, tmp_path):
+    from mmscale import load
+    from mmscale.errors import ConfigError
+    from mmscale.eval.exact_match import first_question
+    from mmscale.streaming.shards import ShardSet
+    from mmscale.train.consolidate import consolidate
+
+    run = tmp_path / "run"
+    _train(demo_data, run, ["train.steps=1", "train.save_every=1", "data.seq_len=1024", "data.image.mode=anyres"])
+    export = consolidate(run, tmp_path / "own")
+    assert export.target == "mmscale" and export.logit_error <= 1e-6
+    with pytest.raises(ConfigError, match=r"data\.image\.mode=anyres, not resize or square"):
+        consolidate(run, tmp_path / "llava", target="llava", drop=["audio"])
+    generator = load(export.folder)
+    samples = []
+    for name in ("compare", "digits", "audio"):
+        shards = ShardSet.open(demo_data / "heldout" / name, name)
+        samples += [first_question(shards.read(row))[0] for row in range(2)]
+    inputs = generator.inputs(samples)
+    assert (
+        len(inputs["pixel_values"]) > 4
+        and inputs["image_rows"].max() < len(inputs["pixel_values"]) * generator.model.vision.rows
+    )
+    assert [generator.answer([sample], 4)[0] for sample in samples] == generator.answer(samples, 4)
 
 
 def test_a_wrong_export_is_caught_and_nothing_is_kept(trained, tmp_path, monkeypatch):

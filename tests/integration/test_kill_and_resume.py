@@ -197,14 +197,14 @@ def test_no_whole_checkpoint_left_is_refused(demo_data, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_another_mixture_is_refused_at_resume(demo_data, tmp_path):
+def test_another_mixture_goes_on_at_resume_and_other_packing_is_refused(demo_data, tmp_path):
     run = tmp_path / "run"
     finish(start(words(demo_data, run, "data.workers=0", "train.steps=3")))
-    command = [
-        str(MMSCALE),
-        "train",
-        *words(demo_data, run, "data.workers=0", "train.steps=5", "data.sources.text.weight=3"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 2, done.stderr
-    assert "weight" in done.stderr or "mixture" in done.stderr
+    command = [str(MMSCALE), "train", *words(demo_data, run, "data.workers=0", "train.steps=5")]
+    refused = subprocess.run([*command, "data.window=77"], capture_output=True, text=True, timeout=120, check=False)
+    assert refused.returncode == 2 and "window=77 " in refused.stderr, refused.stderr
+    done = subprocess.run(
+        [*command, "data.sources.text.weight=3"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "the mixture is another one" in done.stderr and "'text': share 0.03448 -> 0.1765" in done.stderr

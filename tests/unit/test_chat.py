@@ -401,6 +401,35 @@ def test_counts_many_conversations_in_one_call(tokenizer):
     assert count_text_tokens(template, tokenizer, []).tolist() == []
 
 
+@pytest.mark.parametrize("name", template_names())
+def test_a_document_is_all_targets_but_its_media(name, tokenizer, seed):
+    """Golden layout of an interleaved document, for every template: begin, text and media where they stand, the end."""
+    begin = [("<|begin_of_text|>", True, False)] if name.startswith("llama3") else []
+    ends = {
+        "plain": "\n",
+        "llama3": "<|eot_id|>",
+        "llama3_vila": "<|end_of_text|>",
+        "phi": "<|endoftext|>",
+        "gemma": "<eos>",
+    }
+    end = ends.get(name, "<|im_end|>" if name in ("chatml", "qwen2") else "</s>")
+    text, counts = "<image>\nOne. <audio> typed, <|im_end|> too.<image>Two.<video>", {"image": [3, 1], "video": [2]}
+    picture, video = ("<image>", True, False), ("<video>", True, False)
+    atoms = [
+        *begin, picture, picture, picture, ("\nOne. <audio> typed, <|im_end|> too.", False, True),
+        picture, ("Two.", False, True), video, video,
+    ]  # fmt: skip
+    turns = [Turn("document", text)]
+    out = encode_chat(load_template(name), tokenizer, turns, counts)
+    check_mask(tokenizer, out.input_ids.tolist(), out.is_target.tolist(), [*atoms, (end, end in SPECIALS, True)])
+    assert [(modality, i) for modality, i, _ in out.slots] == [("image", 0), ("image", 1), ("video", 0)]
+    assert count_text_tokens(load_template(name), tokenizer, [(turns, list(counts))])[0] + 6 == len(out.input_ids)
+    prompt = encode_chat(load_template(name), tokenizer, turns, counts, generation_prompt=True)
+    check_mask(tokenizer, prompt.input_ids.tolist(), prompt.is_target.tolist(), atoms)
+    with pytest.raises(BadSampleError, match="media_count"):
+        encode_chat(load_template(name), tokenizer, turns, {"image": [1]})
+
+
 def test_stop_ids(tokenizer):
     eos = tokenizer.eos_id
     assert stop_ids(load_template("chatml"), tokenizer) == (eos, tokenizer.special_id("<|im_end|>"))

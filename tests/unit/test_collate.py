@@ -1,5 +1,6 @@
 """A pack's labels, positions, borders and media places, against slow loops over its documents."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,12 +26,15 @@ def random_document(name, g):
         parts.append(torch.rand(n, generator=g) < 0.5)
         at += n
         modality = MODALITIES[int(torch.randint(0, 3, (), generator=g))]
-        inputs = 1 if modality == "image" else int(torch.randint(1, 4, (), generator=g))
-        tokens = inputs * SPECS.rows_per_input(modality)
+        inputs = int(torch.randint(1, 4, (), generator=g))
+        tokens, rows = inputs * SPECS.rows_per_input(modality), None
         if modality == "audio":
             tokens -= int(torch.randint(0, 5, (), generator=g))
+        if modality == "image" and inputs > 1:  # some rows in any order, and newlines
+            rows = torch.randint(-1, tokens, (int(torch.randint(0, tokens + 3, (), generator=g)),), generator=g).numpy()
+            tokens = len(rows)
         shape = (inputs, 10) if modality == "audio" else (inputs, 3, 4, 4)
-        media.append(EncodedMedia(modality, torch.rand(shape, generator=g), at, tokens))
+        media.append(EncodedMedia(modality, torch.rand(shape, generator=g), at, tokens, rows))
         parts.append(torch.zeros(tokens, dtype=torch.bool))
         at += tokens
     n = int(torch.randint(1, 6, (), generator=g))
@@ -57,7 +61,9 @@ def slow_source_index(documents):
             for item in d.media:
                 if item.modality == modality:
                     for k in range(item.num_tokens):
-                        index[start + item.slot + k] = next_row + k
+                        row = k if item.rows is None else int(item.rows[k])
+                        if row >= 0:
+                            index[start + item.slot + k] = next_row + row
                     next_row += len(item.data) * SPECS.rows_per_input(modality)
             start += len(d)
     return index
@@ -116,8 +122,10 @@ def test_one_token_and_no_target():
     assert pack.num_targets == 0 and pack.labels.tolist() == [IGNORE]
 
 
-def test_media_that_do_not_fit_their_rows_are_refused():
-    item = EncodedMedia("image", torch.zeros(1, 3, 4, 4, dtype=torch.uint8), slot=0, num_tokens=4)
+@pytest.mark.parametrize(("num_tokens", "rows"), [(4, None), (2, [0, 3]), (2, [0]), (7, [0, 1, 2, -1, 0, 1, 2])])
+def test_media_that_do_not_fit_their_rows_are_refused(num_tokens, rows):
+    map_ = None if rows is None else np.array(rows)
+    item = EncodedMedia("image", torch.zeros(1, 3, 4, 4, dtype=torch.uint8), 0, num_tokens, map_)
     document = EncodedSample("a", torch.zeros(6, dtype=torch.int64), torch.zeros(6, dtype=torch.bool), (item,))
     with pytest.raises(DataError, match="at most 3 image tokens"):
         collate([document], SPECS)

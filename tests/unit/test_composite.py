@@ -30,7 +30,7 @@ DOCUMENTS = [
 
 
 def build(config, vocab=97):
-    specs = media_specs(config.model, config.data.image)
+    specs = media_specs(config.model, config.data)
     return build_model(config, vocab, specs), specs
 
 

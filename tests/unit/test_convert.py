@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
+from mmscale.config.schema import ImageDataConfig
 from mmscale.config.specs import media_specs
 from mmscale.errors import ConfigError
 from mmscale.model.composite import build_model
@@ -17,7 +18,7 @@ IDS = {"image": 90, "audio": 92}
 
 
 def make(config):
-    specs = media_specs(config.model, config.data.image)
+    specs = media_specs(config.model, config.data)
     model = build_model(config, 97, specs).eval()
     return model, specs, describe(config.model, 97, specs, media_token_ids=IDS, template="plain")
 
@@ -112,6 +113,16 @@ def test_what_does_not_fit_llava_is_refused_with_the_reason(parts, drop, reason,
     with pytest.raises(ConfigError, match=reason):
         export_plan(config, "llava", drop=drop)
     assert export_plan(config, "auto", drop=drop).target == "mmscale"
+
+
+@pytest.mark.parametrize("mode", ["pad", "tiles", "anyres"])
+def test_image_modes_without_a_stock_counterpart_do_not_fit_llava(mode, tiny_config):
+    config = tiny_config(audio=None)
+    data = config.data.model_copy(update={"image": ImageDataConfig(mode=mode)})
+    _, _, description = make(config.model_copy(update={"data": data}))
+    with pytest.raises(ConfigError, match=f"data.image.mode={mode}, not resize or square"):
+        export_plan(description, "llava")
+    assert export_plan(description, "auto").target == "mmscale"
 
 
 def test_dinov2_does_not_fit_llava(tiny_config):

@@ -17,19 +17,31 @@ import pytest
 import soundfile
 from PIL import Image
 
-from mmscale.data_tools import cli, json_rows, preview
-from mmscale.data_tools.build import BuildOptions, build_folder, build_llava
+from mmscale.data_tools import cli
+from mmscale.data_tools.build import BuildOptions, BuildReport, OnRow, build
 from mmscale.data_tools.indexing import index_folder
-from mmscale.data_tools.json_rows import iter_rows
-from mmscale.data_tools.preview import write_preview
-from mmscale.data_tools.stats import dataset_stats
-from mmscale.data_tools.verify import verify_folder
+from mmscale.data_tools.inspection.preview import write_preview
+from mmscale.data_tools.inspection.stats import count_tokens, dataset_stats
+from mmscale.data_tools.inspection.verify import verify_folder
+from mmscale.data_tools.kinds import Kind
+from mmscale.data_tools.readers import json_rows
+from mmscale.data_tools.readers.items import Source
+from mmscale.data_tools.readers.json_rows import iter_rows
 from mmscale.data_tools.writer import ShardWriter
 from mmscale.errors import DataError, RefusedInputError
 from mmscale.streaming import shards as shards_module
 from mmscale.streaming.shards import ShardSet
+from mmscale.streaming.tokenizer import TextTokenizer
 
 OPTIONS = BuildOptions(max_samples=3)
+
+
+def build_llava(rows: Path, media: Path, out: Path, options: BuildOptions, on_row: OnRow | None = None) -> BuildReport:
+    return build(Kind.llava, Source((rows,), media), out, options, on_row)
+
+
+def build_folder(source: Path, out: Path, options: BuildOptions) -> BuildReport:
+    return build(Kind.folder, Source((source,)), out, options)
 
 
 def picture(path: Path, size: tuple[int, int] = (6, 4), format: str = "PNG") -> bytes:
@@ -512,7 +524,7 @@ def test_preview_counts_text_tokens(tmp_path: Path, media: Path) -> None:
     (tmp_path / "tok/tokenizer_config.json").write_text('{"eos_token": "<end>"}')
     build_llava(rows_file(tmp_path, GOOD[:1]), media, tmp_path / "out", OPTIONS)
     sample = ShardSet.open(tmp_path / "out", "s").read(0)
-    assert preview._text_tokens(sample, preview._load_tokenizer(tmp_path / "tok")) == len("\nWhat?") + len("a")
+    assert count_tokens([sample], TextTokenizer.load(tmp_path / "tok"))[0] == len("\nWhat?") + len("a")
     assert write_preview(tmp_path / "out", tmp_path / "x.png", tokenizer=tmp_path / "tok") == 1
 
 
@@ -531,7 +543,7 @@ def test_errors_are_one_line_with_the_exit_code(
     (tmp_path / "cut.json").write_text("[{")
     (tmp_path / "file").touch()
     cases = [
-        (2, "--media DIR", ["build", "--from", "llava", rows, "--out", out]),
+        (2, "--media", ["build", "--from", "llava", rows, "--out", out]),
         (2, "none.json", ["build", "--from", "llava", tmp_path / "none.json", "--media", media, "--out", out]),
         (2, "nowhere", ["build", "--from", "llava", rows, "--media", tmp_path / "nowhere", "--out", out]),
         (2, "line 1", ["build", "--from", "llava", tmp_path / "cut.json", "--media", media, "--out", out]),

@@ -5,15 +5,18 @@ import struct
 import sys
 from io import BytesIO
 
+import av
 import numpy as np
 import pytest
 import soundfile
 import torch
 
 from mmscale.errors import BadSampleError, MissingExtraError
+from mmscale.streaming.containers import read_aac
 from mmscale.streaming.decode import dsp
 from mmscale.streaming.decode.audio import MAX_SECONDS, decode_audio, planned_samples
 from mmscale.streaming.decode.dsp import log_mel, resample, resampled_length
+from mmscale.streaming.media import probe
 from mmscale.types import AudioSpec
 
 WAVEFORM = AudioSpec(rate_hz=16_000, window_samples=8_000, tokens=25, features="waveform")
@@ -124,6 +127,53 @@ def test_the_plan_and_the_decoder_agree_on_the_length(format, rate_hz, seconds, 
     assert len(windows) == math.ceil(found / 8_000)
 
 
+def encode_aac(wave, rate_hz, container):
+    """AAC at 128 kbit/s in `ipod` (M4A), `mp4` or `adts` (bare)."""
+    buffer = BytesIO()
+    with av.open(buffer, "w", format=container) as out:
+        layout = "mono" if len(wave) == 1 else "stereo"
+        stream = out.add_stream("aac", rate=rate_hz, layout=layout)
+        for start in range(0, wave.shape[1], 1024):
+            block = np.ascontiguousarray(wave[:, start : start + 1024])
+            frame = av.AudioFrame.from_ndarray(block, format="fltp", layout=layout)
+            frame.sample_rate, frame.pts = rate_hz, start
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(("rate_hz", "num_samples"), [(16_000, 16_000), (44_100, 44_101), (48_000, 100), (8_000, 1)])
+def test_m4a_has_the_samples_that_were_encoded(rate_hz, num_samples):
+    tone = 0.3 * np.sin(2 * np.pi * 440 * np.arange(num_samples) / rate_hz).astype(np.float32)
+    for channels in (1, 2):
+        data = encode_aac(np.tile(tone, (channels, 1)), rate_hz, "ipod")
+        header = probe("m4a", data)
+        assert (header.rate_hz, header.audio_samples) == (rate_hz, num_samples)  # no priming, no padding
+        windows, found = decode_audio(data, WAVEFORM)
+        assert found == planned_samples(num_samples, rate_hz, WAVEFORM) and len(windows) == math.ceil(found / 8_000)
+    wave, _ = read_aac(data)
+    assert np.abs(wave - tone)[200:-200].max(initial=0) < 0.02  # in step with what was encoded
+
+
+@pytest.mark.parametrize("container", ["adts", "ipod"])
+def test_aac_lengths_are_planned_exactly(container, seed):
+    rng = np.random.default_rng(seed)
+    for _ in range(4):
+        rate_hz = int(rng.choice([16_000, 22_050, 44_100, 48_000]))
+        data = encode_aac(noise(seed, 1, int(rng.integers(1, 9_000))), rate_hz, container)
+        header = probe("aac", data)
+        assert decode_audio(data, WAVEFORM)[1] == planned_samples(header.audio_samples, header.rate_hz, WAVEFORM)
+
+
+def test_damaged_or_empty_aac_is_refused():
+    data = encode_aac(noise(1, 1, 20_000), 16_000, "ipod")
+    for bad in (data[: len(data) // 2], data[:200], encode_aac(np.zeros((1, 0), np.float32), 16_000, "ipod")):
+        assert probe("m4a", bad).audio_samples == 0
+        with pytest.raises(BadSampleError) as error:
+            decode_audio(bad, WAVEFORM)
+        assert error.value.reason == "decode_audio"
+
+
 def wav_header(channels=1, rate_hz=16_000, claimed_bytes=None, payload=b"\0" * 64):
     size = len(payload) if claimed_bytes is None else claimed_bytes
     fmt = struct.pack("<HHIIHH", 1, channels, rate_hz, rate_hz * channels * 2, channels * 2, 16)
@@ -160,8 +210,10 @@ def test_bad_clips_are_refused(data, reason):
 
 
 def test_a_header_that_claims_4_gb_allocates_nothing():
-    windows, found = decode_audio(wav_header(claimed_bytes=2**32 - 40, payload=b"\1\0" * 500), WAVEFORM)
-    assert found == 500 and len(windows) == 1
+    for claimed_bytes in (1001, 2**32 - 40, 2**32 - 1):
+        with pytest.raises(BadSampleError, match="cut off: 1000 bytes"):
+            decode_audio(wav_header(claimed_bytes=claimed_bytes, payload=b"\1\0" * 500), WAVEFORM)
+    assert decode_audio(wav_header(claimed_bytes=998, payload=b"\1\0" * 500), WAVEFORM)[1] == 499
 
 
 def test_what_the_plan_refuses_by_the_header():

@@ -14,17 +14,31 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from mmscale.data_tools.writer import ShardWriter
 from mmscale.errors import BadSampleError, RefusedInputError
 from mmscale.streaming.chat import load_template
-from mmscale.streaming.encode import Encoder
-from mmscale.streaming.lengths import sample_lengths
+from mmscale.streaming.decode.video import mux_frames
+from mmscale.streaming.encode import Encoder, decode_media
+from mmscale.streaming.lengths import modality_tokens, sample_lengths
+from mmscale.streaming.media import modality_of, probe
 from mmscale.streaming.plan import TOO_LONG
 from mmscale.streaming.rows import encode_row
 from mmscale.streaming.shards import ShardSet
 from mmscale.streaming.tokenizer import TextTokenizer
-from mmscale.types import AudioSpec, ImageSpec, MediaSpecs, Turn
+from mmscale.types import (
+    MODALITIES,
+    NEWLINE_TOKEN,
+    AudioSpec,
+    ImageSpec,
+    MediaBytes,
+    MediaSpecs,
+    Turn,
+    VideoSpec,
+)
 
 SPECS = MediaSpecs(
-    ImageSpec(size=8, tokens=6), AudioSpec(rate_hz=16_000, window_samples=8_000, tokens=5, features="waveform")
+    ImageSpec(size=8, tokens=6),
+    AudioSpec(rate_hz=16_000, window_samples=8_000, tokens=5, features="waveform"),
+    VideoSpec(frames=3),
 )
+SQUARES = ImageSpec(size=8, tokens=4, side=2, max_tiles=6, grids=((8, 16), (16, 8), (16, 16)))
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +51,7 @@ def tokenizer(tmp_path_factory):
     backend.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
     backend.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}')
-    return TextTokenizer.load(folder)
+    return TextTokenizer.load(folder, [NEWLINE_TOKEN])
 
 
 @pytest.fixture
@@ -58,6 +72,10 @@ def clip(num_samples, rate_hz=16_000):
     return buffer.getvalue()
 
 
+def film(num_frames, width=8, height=8):
+    return mux_frames([picture(width, height, seed=i) for i in range(num_frames)])
+
+
 def row(user, answer="yes"):
     return encode_row([Turn("user", user), Turn("assistant", answer)])
 
@@ -75,6 +93,8 @@ GOOD = {
     "images": {"json": row("<image> or <image>?"), "0.png": picture(5, 9), "1.png": picture(8, 30)},
     "audio": {"json": row("<audio>"), "flac": clip(11_000, 22_050)},
     "both": {"json": row("<audio> and <image>"), "flac": clip(17_000), "png": picture()},
+    "video": {"json": row("<video> what?"), "mp4": film(7, 20, 10)},
+    "short_video": {"json": row("<video> and <image>"), "0.mp4": film(2), "1.png": picture()},
     "caption": {"txt": b"a cat", "png": picture()},
     "unicode": {"json": row("\u00e4\u6f22\U0001f600 <|im_end|> <image>")},
 }
@@ -83,7 +103,9 @@ BAD = {
     "large_image": ({"json": row("<image>"), "png": picture(200, 100)}, "image_size"),
     "thin_image": ({"json": row("<image>"), "png": picture(1, 300)}, "image_size"),
     "cut_audio": ({"json": row("<audio>"), "flac": clip(100)[:10]}, "decode_audio"),
-    "film": ({"json": row("<video>"), "mp4": b"no film"}, "modality"),
+    "no_film": ({"json": row("<video>"), "mp4": b"no film"}, "decode_video"),
+    "cut_film": ({"json": row("<video>"), "mp4": film(3)[:-50]}, "decode_video"),
+    "large_film": ({"json": row("<video>"), "mp4": film(1, 200, 100)}, "image_size"),
     "tags": ({"json": row("<image> <image>"), "png": picture()}, "media_count"),
     "no_json": ({"json": b"{", "png": picture()}, None),
     "latin": ({"txt": b"caf\xe9", "png": picture()}, None),
@@ -95,22 +117,60 @@ def test_planned_lengths_are_the_encoded_lengths(tmp_path, encoder):
     samples = {**GOOD, **{key: members for key, (members, _) in BAD.items()}}
     shards = write(tmp_path, samples, max_samples=5)
     assert len(shards.shards) > 2
-    lengths = sample_lengths(shards, encoder)
+    lengths, by_modality = sample_lengths(shards, encoder), modality_tokens(shards, encoder)
     assert len(lengths.tokens) == len(samples)
     for i, key in enumerate(samples):
         if key in GOOD:
             document = encoder.encode(shards.read(i))
             assert lengths.tokens[i] == len(document) == len(document.is_target), key
-            assert lengths.media_rows[i] == sum(m.num_tokens for m in document.media), key
+            inputs = {m: sum(len(item.data) for item in document.media if item.modality == m) for m in MODALITIES}
+            assert lengths.vision[i] == inputs["image"] + inputs["video"] and lengths.audio[i] == inputs["audio"], key
             assert i not in lengths.reasons
-            media_ids = [encoder.tokenizer.media_id(m) for m in ("image", "audio")]
-            assert sum(int(t) in media_ids for t in document.input_ids) == lengths.media_rows[i]
+            for modality in MODALITIES:
+                slots = sum(int(t) == encoder.tokenizer.media_id(modality) for t in document.input_ids)
+                assert slots == by_modality[modality][i], (key, modality)
         else:
             assert lengths.tokens[i] == 0, key
             with pytest.raises(BadSampleError) as error:
                 encoder.encode(shards.read(i))
             assert lengths.reasons[i] == error.value.reason, key
             assert BAD[key][1] in (None, error.value.reason)
+
+
+@pytest.mark.parametrize(
+    ("mode", "merge"), [("tiles", "flat"), ("anyres", "flat"), ("anyres", "spatial"), ("anyres", "spatial_unpad")]
+)
+def test_tiled_images_have_their_planned_tokens(mode, merge, tmp_path, encoder, seed):
+    tiled = replace(encoder, specs=MediaSpecs(replace(SQUARES, mode=mode, merge=merge)), max_tokens=1000)
+    rng = np.random.default_rng(seed)
+    samples = {}
+    for i in range(12):
+        sizes = np.exp(rng.uniform(0, np.log(90), (1 + i % 3, 2))).astype(int).tolist()
+        members = {f"{n}.png": picture(*size, seed=i) for n, size in enumerate(sizes)}
+        samples[str(i)] = {"json": row("<image> " * len(sizes)), **members}
+    shards = write(tmp_path, samples)
+    lengths = sample_lengths(shards, tiled)
+    image_id, newline = tiled.tokenizer.media_id("image"), tiled.tokenizer.special_id(NEWLINE_TOKEN)
+    for i in range(len(samples)):
+        document = tiled.encode(shards.read(i))
+        assert len(document) == lengths.tokens[i]
+        for item in document.media:
+            assert item.data.shape[1:] == (3, 8, 8) and item.data.dtype == torch.uint8
+            rows = np.arange(item.num_tokens) if item.rows is None else item.rows
+            assert rows.max() < 4 * len(item.data)
+            ids = document.input_ids[item.slot : item.slot + item.num_tokens].numpy()
+            assert (ids == np.where(rows < 0, newline, image_id)).all()
+            assert (rows < 0).any() <= (merge == "spatial_unpad")
+        under_media = sum(m.num_tokens for m in document.media)
+        assert sum(int(t) in (image_id, newline) for t in document.input_ids) == under_media
+
+
+def test_planned_inputs_are_the_decoded_inputs(tmp_path, encoder):
+    tiled = replace(encoder, specs=replace(SPECS, image=replace(SQUARES, mode="tiles")))
+    for ext, data in (("png", picture(40, 20)), ("flac", clip(17_000)), ("flac", clip(24_000)), ("mp4", film(5))):
+        modality = modality_of(ext)
+        item = decode_media(MediaBytes(modality, ext, data), tiled.specs, tiled.max_pixels)
+        assert tiled.planned(modality, probe(ext, data)) == (item.num_tokens, len(item.data)), ext
 
 
 def test_media_stand_at_their_slots_in_order(tmp_path, encoder):
@@ -173,7 +233,7 @@ def test_lengths_are_stored_for_this_encoder_only(tmp_path, encoder, monkeypatch
     monkeypatch.setattr("mmscale.streaming.lengths._compute", compute)
     for same in (encoder, replace(encoder, max_tokens=100, on_long="truncate")):
         again = sample_lengths(ShardSet.open(tmp_path, "other"), same)
-        assert (again.media_rows == first.media_rows).all()
+        assert (again.vision == first.vision).all() and (again.audio == first.audio).all()
     others = (replace(encoder, template=load_template("plain")), replace(encoder, specs=MediaSpecs()))
     for other in others:
         assert other.fingerprint != encoder.fingerprint

@@ -2,16 +2,19 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+from mmscale.config.schema import ImageDataConfig, VideoDataConfig
 from mmscale.config.specs import media_specs
 from mmscale.errors import DataError
 from mmscale.model.composite import build_model
 from mmscale.model.description import describe
-from mmscale.model.hub import MmscaleForConditionalGeneration, register
-from mmscale.types import MODALITIES, MediaBatch, PackedBatch
+from mmscale.model.hub import MmscaleForConditionalGeneration, media_inputs, register
+from mmscale.streaming.collate import collate
+from mmscale.types import MODALITIES, EncodedMedia, EncodedSample, MediaBatch, PackedBatch
 
 IDS = {"image": 90, "video": 91, "audio": 92}
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "suppress_tokens": list(IDS.values())}
@@ -21,7 +24,7 @@ GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "suppress
 def pair(tiny_config, tmp_path, request):
     """A training model and the same weights saved and reopened through an Auto class."""
     config = tiny_config(llm=getattr(request, "param", {}), audio_keys={"connector": "mlp2x_gelu"})
-    specs = media_specs(config.model, config.data.image)
+    specs = media_specs(config.model, config.data)
     ours = build_model(config, 97, specs).eval()
     hub = MmscaleForConditionalGeneration(describe(config.model, 97, specs, media_token_ids=IDS, template="plain"))
     hub.load_state_dict(ours.state_dict())
@@ -151,6 +154,36 @@ def test_logits_equal_the_training_model(pair, seed):
     torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
 
 
+def test_image_rows_choose_among_the_rows_of_the_tiles(pair, seed):
+    """One image of three inputs, of whose 12 rows 5 stand in the prompt; the gap between them is an ordinary token."""
+    ours, opened, specs, _ = pair
+    g = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (3, 3, 28, 28), dtype=torch.uint8, generator=g)
+    rows = np.array([4, 0, -1, 11, 5, 1, -1])
+    ids = torch.tensor([8, *(7 if row < 0 else IDS["image"] for row in rows), 9])
+    item = EncodedMedia("image", pixels, slot=1, num_tokens=len(rows), rows=rows)
+    pack = collate([EncodedSample("d", ids, torch.zeros(len(ids), dtype=torch.bool), (item,))], specs)
+    inputs = {"input_ids": ids[None], **media_inputs([item], specs)}
+    assert inputs["image_rows"].tolist() == [4, 0, 11, 5, 1]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            ours.logits(pack, torch.arange(len(ids))), opened(**inputs).logits[0], atol=1e-5, rtol=1e-5
+        )
+    with pytest.raises(DataError, match="5 image slots are expected"):
+        opened(**{**inputs, "input_ids": ids[None, 2:]})
+
+
+def test_media_inputs_number_the_rows_of_a_batch(pair):
+    _, _, specs, _ = pair
+    image = torch.zeros(2, 3, 28, 28, dtype=torch.uint8)
+    items = [EncodedMedia("image", image, 0, 3, np.array([7, -1, 0])), EncodedMedia("image", image[:1], 0, 4)]
+    items += [EncodedMedia("video", image, 0, 8), EncodedMedia("audio", torch.zeros(2, 8, 20), 0, 13)]
+    inputs = media_inputs(items, specs)
+    assert inputs["image_rows"].tolist() == [7, 0, 8, 9, 10, 11] and len(inputs["pixel_values"]) == 3
+    assert len(inputs["pixel_values_videos"]) == 2 and inputs["feature_rows"].tolist() == [13]
+    assert media_inputs([], specs) == {}
+
+
 def test_normalised_floats_equal_pixels(pair, seed):
     _, opened, _, _ = pair
     pixels = torch.randint(0, 256, (1, 3, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
@@ -182,6 +215,28 @@ def test_config_round_trip_and_auto_classes(pair):
     assert stored["architectures"] == ["MmscaleForConditionalGeneration"]
     half = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+
+
+def test_every_field_of_the_specs_survives(tiny_config, tmp_path):
+    config = tiny_config()
+    image = ImageDataConfig(mode="anyres", fill=(1, 2, 3), anyres={"grids": [[28, 56], [56, 28]], "merge": "spatial"})
+    data = config.data.model_copy(update={"image": image, "video": VideoDataConfig(mode="fps", frames=3, fps=0.5)})
+    specs = media_specs(config.model, data)
+    description = describe(config.model, 97, specs)
+    description.save_pretrained(tmp_path)
+    register()
+    assert AutoConfig.from_pretrained(tmp_path).specs == specs == description.specs
+
+
+def test_exports_of_older_versions_open(pair):
+    _, _, specs, folder = pair
+    stored = json.loads((folder / "config.json").read_text())
+    del stored["video_spec"]
+    stored["image_spec"] = {key: stored["image_spec"][key] for key in ("size", "tokens", "mode", "fill")}
+    (folder / "config.json").write_text(json.dumps(stored))
+    opened = AutoConfig.from_pretrained(folder).specs
+    assert (opened.image.size, opened.image.tokens) == (specs.image.size, specs.image.tokens)
+    assert opened.audio == specs.audio and opened.video is None
 
 
 def test_wrong_counts_are_refused(pair):

@@ -9,7 +9,8 @@ import random
 import signal
 import sys
 from collections import Counter
-from dataclasses import fields
+from dataclasses import fields, replace
+from fractions import Fraction
 from io import BytesIO
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from mmscale.config.schema import DataConfig, SourceConfig
+from mmscale.config.schema import CostConfig, DataConfig, SourceConfig
 from mmscale.data_tools.writer import ShardWriter
 from mmscale.errors import CheckpointError, ConfigError, DataError, MissingExtraError, RefusedInputError
 from mmscale.streaming.encode import Encoder
@@ -28,6 +29,7 @@ from mmscale.streaming.tokenizer import TextTokenizer
 from mmscale.types import AudioSpec, ImageSpec, MediaSpecs, PackedBatch, Turn
 
 SPECS = MediaSpecs(ImageSpec(size=8, tokens=4))
+COST = CostConfig(token=1.0, pair=1e-4, vision_input=50.0)
 NUM_TEXT, NUM_IMAGES, BROKEN = 41, 23, (3, 11, 12)
 
 
@@ -68,13 +70,14 @@ def root(tmp_path_factory):
     return folder
 
 
-def open_stream(root, tokenizer, dp_rank=0, dp_size=1, workers=0, sources=("text", "images"), global_batch=4, **data):
+def open_stream(
+    root, tokenizer, dp_rank=0, dp_size=1, workers=0, sources=("text", "images"), global_batch=4, configs=None, **data
+):
     data = {"seq_len": 256, "plan_group": 4, "window": 32, "seed": 3, "root": str(root), **data}
-    configs = {name: SourceConfig(path=name) for name in sources}
+    configs = configs or {name: SourceConfig(path=name) for name in sources}
     config = DataConfig(sources=configs, **data)
-    return Stream.open(
-        config, configs, tokenizer, SPECS, global_batch=global_batch, dp_rank=dp_rank, dp_size=dp_size, workers=workers
-    )
+    sizes = {"global_batch": global_batch, "dp_rank": dp_rank, "dp_size": dp_size, "workers": workers}
+    return Stream.open(config, configs, tokenizer, SPECS, cost=COST, **sizes)
 
 
 def take(stream, num_steps, state=None):
@@ -145,7 +148,7 @@ def test_every_sample_is_delivered_or_skipped_by_name(root, tokenizer, caplog, m
         skips = {(s.source, s.epoch, s.id): s for p in batch.packs for s in p.skipped}
         for (_, pack), planned in zip(enumerate(batch.packs), batch.planned.for_rank(0, 1), strict=True):
             for sample_id, draw in zip(pack.ids, planned, strict=True):
-                source = ("text", "images")[draw.source_idx]
+                source = ("images", "text")[draw.source_idx]
                 reason = (
                     skips[source, draw.epoch, sample_id].reason if (source, draw.epoch, sample_id) in skips else None
                 )
@@ -158,7 +161,7 @@ def test_every_sample_is_delivered_or_skipped_by_name(root, tokenizer, caplog, m
     assert "epoch 0 of 'images': indexed 23 = delivered 20 + skipped 3 (decode_image 3)" in lines
     assert "epoch 0 of 'text': indexed 42 = delivered 41 + skipped 1 (too_long 1)" in lines
     final = steps[-1][1]
-    assert all(sum(c.values()) < final.facts.num_rows[s] for (s, _), c in final.account.items())
+    assert all(sum(c.values()) < final.facts.sources[s].num_rows for (s, _), c in final.account.items())
     assert final.num_skipped > final.num_bad > 0
 
 
@@ -186,6 +189,8 @@ def test_on_error_raise_refuses_what_the_index_already_knows(tmp_path, tokenizer
         open_stream(tmp_path, tokenizer, sources=("images",), on_error="raise")
     batches = take(open_stream(tmp_path, tokenizer, sources=("images",)), 4)
     assert {d.reason for b, _ in batches for d in b.planned.dropped} == {"decode_image"}
+    named = {(s.id, s.reason, s.source, s.offset > 0) for b, _ in batches for s in b.left_out()}
+    assert named == {("images/000000.tar:2", "decode_image", "images", True)}
     assert all(not p.skipped for b, _ in batches for p in b.packs)
     assert batches[-1][1].num_bad > 0
 
@@ -229,7 +234,7 @@ def test_missing_audio_support_is_refused_at_the_start(root, tokenizer, monkeypa
     monkeypatch.setitem(sys.modules, "torchaudio.functional", None)
     config = DataConfig(sources={"text": SourceConfig(path="text")}, seq_len=64, root=str(root))
     specs = MediaSpecs(audio=AudioSpec(rate_hz=16_000, window_samples=16_000, tokens=10))
-    sizes = {"global_batch": 1, "dp_rank": 0, "dp_size": 1, "workers": 0}
+    sizes = {"cost": COST, "global_batch": 1, "dp_rank": 0, "dp_size": 1, "workers": 0}
     with pytest.raises(MissingExtraError, match=r"mmscale\[audio\]"):
         Stream.open(config, config.sources, tokenizer, specs, **sizes)
 
@@ -251,16 +256,91 @@ def test_a_length_that_was_not_planned_is_a_skip(root, tokenizer, monkeypatch):
 def test_other_data_or_packing_is_refused_at_resume(root, tokenizer):
     state = take(open_stream(root, tokenizer), 1)[0][1].to_dict()
     for changed, part in (
-        ({"seq_len": 128}, "packing"),
-        ({"sources": ("text",)}, "shards"),
+        ({"seq_len": 128}, r"packing \(seq_len=256 .* then, seq_len=128"),
+        ({"plan_group": 2}, r"packing .*plan_group=2"),
+        ({"shuffle_block": 8}, r"packing .*shuffle_block=8"),
         ({"template": "plain"}, "encoding"),
     ):
         with pytest.raises(CheckpointError, match=part):
             open_stream(root, tokenizer, **changed).restore(state)
-    with pytest.raises(CheckpointError, match="account"):
+    other_cost = replace(open_stream(root, tokenizer), facts=_facts_with(root, tokenizer, cost="token=2"))
+    with pytest.raises(CheckpointError, match=r"cost \(.*token=1 .* then, token=2 now"):
+        other_cost.restore(state)
+    with pytest.raises(CheckpointError, match="sources"):
         open_stream(root, tokenizer).restore({"fingerprint": {}})
     restored = open_stream(root, tokenizer, global_batch=8, workers=1, max_bad=0.3).restore(state)
     assert isinstance(restored, StreamState)
+
+
+def _facts_with(root, tokenizer, **changed):
+    facts = open_stream(root, tokenizer).facts
+    return replace(facts, fingerprint={**facts.fingerprint, **changed})
+
+
+def test_another_mixture_goes_on_at_resume(root, tokenizer):
+    before = take(open_stream(root, tokenizer), 3)
+    state = before[-1][1].to_dict()
+    alone = open_stream(root, tokenizer, sources=("text",))
+    after = take(alone, 6, alone.restore(state))
+    ids = Counter(i for b, _ in [*before, *after] for i in b.ids if i.startswith("text") and b.planned.packs)
+    assert after and all(i.startswith("text/") for b, _ in after for i in b.ids)
+    drawn = Counter((d.epoch, d.row) for b, _ in after for p in b.planned.packs for d in p)
+    assert max(drawn.values()) == 1 and set(ids) >= {f"text/00000{n // 16}.tar:{n:03}" for n in range(NUM_TEXT)}
+
+
+def test_the_order_of_the_keys_says_nothing(root, tokenizer):
+    one, two = (take(open_stream(root, tokenizer, sources=s), 4) for s in (("text", "images"), ("images", "text")))
+    assert all(a.ids == b.ids and x.to_dict() == y.to_dict() for (a, x), (b, y) in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize("dp_size", [1, 2, 4])
+def test_the_end_of_all_sources_is_said_and_nothing_is_lost(root, tokenizer, dp_size):
+    configs = {name: SourceConfig(path=name, max_epochs=1) for name in ("text", "images")}
+    came = []
+    for rank in range(dp_size):
+        stream = open_stream(root, tokenizer, rank, dp_size, configs=configs)
+        steps = stream.steps()
+        batches = []
+        with pytest.raises(DataError, match=r"ends with step \d+.*max_epochs.*train\.steps=\d+"):
+            while True:
+                batches.append(next(steps))
+        assert {len(b.packs) for b in batches} == {4 // dp_size}
+        came += [i for b in batches for p in b.packs for i in p.ids if i != "filler"]
+    assert Counter(came) == Counter(i for b in batches for i in b.ids)
+    assert len(came) == len(set(came)) == NUM_TEXT + NUM_IMAGES
+
+
+def test_a_mixture_inside_the_mixture_with_limits(root, tokenizer):
+    inner = {"t": SourceConfig(path="text", max_samples=5), "i": SourceConfig(path="images", repeat=2)}
+    stream = open_stream(root, tokenizer, configs={"both": SourceConfig(sources=inner)})
+    assert list(stream.facts.sources) == ["both.i", "both.t"]
+    assert [s.share for s in stream.plan_sources] == [Fraction(46, 51), Fraction(5, 51)]
+    assert stream.facts.sources["both.t"].unplanned == {"max_samples": NUM_TEXT + 1 - 5}
+    ids = {i for b, _ in take(stream, 12) for i in b.ids if i.startswith("text")}
+    assert 0 < len(ids) <= 5
+
+
+def test_too_many_images_are_left_out_by_name(tmp_path, tokenizer):
+    with ShardWriter(tmp_path / "images") as writer:
+        for i in range(6):
+            pictures = {f"{n}.png": picture(i) for n in range(i % 3 + 1)}
+            writer.write(f"{i}", {"json": row("<image>" * len(pictures)), **pictures})
+    stream = open_stream(tmp_path, tokenizer, sources=("images",), max_images_per_pack=2, max_bad=0.0)
+    batches = [b for b, _ in take(stream, 4)]
+    assert {(d.row, d.reason) for b in batches for d in b.planned.dropped} == {
+        (2, "too_many_images"),
+        (5, "too_many_images"),
+    }
+    assert all(m.data.shape[0] <= 2 for b in batches for p in b.packs for m in p.media.values())
+
+
+def test_bad_samples_in_a_row_stop_the_run(tmp_path, tokenizer):
+    with ShardWriter(tmp_path / "images") as writer:
+        for i in range(30):
+            writer.write(f"{i:02}", {"json": row("<image>"), "png": picture(i, whole=i < 5)})
+    take(open_stream(tmp_path, tokenizer, sources=("images",), max_bad=1.0), 4)
+    with pytest.raises(DataError, match=r"'images'.*max_bad_in_a_row=3.*images/000000\.tar:\d\d \(decode_image"):
+        take(open_stream(tmp_path, tokenizer, sources=("images",), max_bad=1.0, max_bad_in_a_row=3), 20)
 
 
 def test_a_global_batch_that_does_not_divide_is_refused(root, tokenizer):
@@ -290,17 +370,6 @@ def test_the_trainers_random_numbers_are_left_alone(root, tokenizer):
     torch.manual_seed(1)
     take(open_stream(root, tokenizer, workers=1), 1)
     assert torch.equal(torch.rand(3), expected)
-
-
-def test_a_killed_worker_is_a_clear_error(root, tokenizer):
-    others = multiprocessing.active_children()
-    steps = open_stream(root, tokenizer, workers=1, prefetch=1).steps()
-    next(steps)
-    (worker,) = [p for p in multiprocessing.active_children() if p not in others]
-    os.kill(worker.pid, signal.SIGKILL)
-    worker.join(timeout=20)
-    with pytest.raises(DataError, match=r"ended with code -9.*data\.workers"):
-        next(steps)
 
 
 def test_workers_leave_signals_to_the_trainer(root, tokenizer):

@@ -164,11 +164,33 @@ def test_caption_layout() -> None:
 
 
 @pytest.mark.parametrize(
+    ("members", "expected"),
+    [
+        ([("txt", b"Alone <image>.")], "Alone <image>."),
+        ([("json", b'{"text": "Words.", "lang": "en"}')], "Words."),
+        ([("json", b'{"text": "A <image> b <image>"}'), ("1.png", b"q"), ("0.png", b"p")], "A <image> b <image>"),
+        ([("json", b'{"text": "No tag"}'), ("0.png", b"p"), ("1.png", b"q")], "<image>\n<image>\nNo tag"),
+    ],
+)
+def test_documents(members: list[tuple[str, bytes]], expected: str) -> None:
+    parsed = parse_sample("k", members, 0)
+    assert texts(parsed) == [("document", expected)]
+    assert [m.data for m in parsed.media] == [b"p", b"q"][: len(parsed.media)]
+    again = encode_row(parsed.turns, {"image": [m.ext for m in parsed.media]} if parsed.media else None)
+    assert parse_sample("k", [("json", again), *((e, d) for e, d in members if "png" in e)], 0).turns == parsed.turns
+
+
+@pytest.mark.parametrize(
     ("members", "reason"),
     [
         ([("jpg", b"j")], "missing_text"),
         ([("jpg", b"j"), ("json", b"{}")], "missing_text"),
-        ([("txt", b"text only")], "missing_media"),
+        ([("txt", b"a caption"), ("json", b'{"url": "x"}')], "missing_media"),
+        ([("txt", b" ")], "empty_text"),
+        ([("json", b'{"text": "\\n"}')], "empty_text"),
+        ([("json", b'{"text": ["a"]}')], "json_fields"),
+        ([("json", b'{"text": "<image>"}'), ("0.png", b"p"), ("1.png", b"p")], "media_count"),
+        ([("json", b'{"text": "a", "image": "x.png"}')], "missing_media"),
         ([("jpg", b"j"), ("txt", b" \n")], "empty_text"),
         ([("jpg", b"j"), ("txt", b"caf\xe9")], "text_utf8"),
         ([("jpg", b"j"), ("txt", b"x"), ("json", b"{")], "json_syntax"),

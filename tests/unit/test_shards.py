@@ -11,6 +11,7 @@ import random
 import tarfile
 import warnings
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from mmscale.streaming.index import index_path
 from mmscale.streaming.manifest import read_manifest
 from mmscale.streaming.rows import encode_row
 from mmscale.streaming.shards import ShardSet
+from mmscale.streaming.storage import source as source_module
 from mmscale.streaming.tar import BLOCK, scan_tar
 from mmscale.types import Turn
 
@@ -47,6 +49,14 @@ def write(folder: Path, num: int = 10, per_shard: int = 4) -> Path:
             media = {"0.png": PNG, "1.png": PNG + bytes(i)} if i % 3 == 0 else {}
             writer.write(f"{i:05d}", {"json": row(i), **media})
     return folder
+
+
+def open_files() -> list[Path]:
+    found = []
+    for fd in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):
+            found.append(fd.readlink())
+    return found
 
 
 def deliver(data: ShardSet) -> tuple[list[str], Counter[str]]:
@@ -144,7 +154,26 @@ def test_open_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     data = ShardSet.open(write(tmp_path / "d", 10, 1), "src")
     for i in [*range(10), *range(10)]:
         data.read(i)
-        assert sum(shard._fd is not None for shard in data.shards) <= 2
+        assert sum(shard._index is not None for shard in data.shards) <= 2
+        assert sum("/d/0" in str(link) for link in open_files()) <= 4  # each a tar and its mapped index
+
+
+def test_opening_keeps_no_index_and_no_file(tmp_path: Path) -> None:
+    folder = write(tmp_path / "d")
+    before = set(open_files())
+    data = ShardSet.open(folder, "src")
+    assert all(shard._index is None for shard in data.shards) and not set(open_files()) - before
+    assert [data.id(0), len(data)] == ["src/000000.tar:00000", 10]
+    data.shards[0].close()
+    (folder / "000000.idx").write_bytes((folder / "000001.idx").read_bytes())  # after it was checked
+    with pytest.raises(DataError, match=r"000000\.idx: not the index that the manifest names"):
+        data.id(0)
+
+
+def test_rows_are_read_together_in_the_order_asked_for(tmp_path: Path, seed: int) -> None:
+    data = ShardSet.open(write(tmp_path / "d", 30, 7), "src")
+    rows = random.Random(seed).choices(range(30), k=50)
+    assert data.read_many(rows) == [data.read(i) for i in rows] and data.read_many([]) == []
 
 
 def test_two_folders_with_equal_samples_have_equal_bytes_and_fingerprints(tmp_path: Path) -> None:
@@ -228,7 +257,10 @@ def test_names_that_no_reader_takes_are_not_written(tmp_path: Path, key: str, ex
 
 
 def test_a_key_written_twice_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="duplicate_member"), ShardWriter(tmp_path / "d") as writer:
+    with (
+        pytest.raises(DataError, match=r"two samples have the key|duplicate_member"),
+        ShardWriter(tmp_path / "d") as writer,
+    ):
         writer.write("a", {"txt": b"x"})
         writer.write("a", {"txt": b"x"})
 
@@ -370,13 +402,13 @@ def test_a_manifest_that_is_none(tmp_path: Path, content: bytes | None) -> None:
 def test_a_shard_that_changes_after_opening_stops_with_shard_and_offset(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards_module, "RETRY_DELAYS_S", (0.0, 0.0))
+    monkeypatch.setattr(source_module, "RETRY_DELAYS_S", (0.0, 0.0))
     folder = write(tmp_path / "d", 8)
     data = ShardSet.open(folder, "src")
     assert [data.read(i).id for i in range(5)] == [data.id(i) for i in range(5)]
     offset = data.offset(6)
     os.truncate(folder / "000001.tar", offset + 10)  # while it is open
-    with pytest.raises(DataError, match=rf"000001\.tar: sample '00006' .* offset {offset}, found 10"):
+    with pytest.raises(DataError, match=rf"000001\.tar: .* offset {offset}, found 10; .*sample '00006'"):
         data.read(6)
     data = pickle.loads(pickle.dumps(data))  # and when it is opened afresh
     with pytest.raises(DataError, match=r"000001\.tar: \d+ bytes, \d+ when it was indexed"):
@@ -388,7 +420,7 @@ def test_a_shard_that_changes_after_opening_stops_with_shard_and_offset(
 
 
 def test_an_unreadable_shard_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards_module, "RETRY_DELAYS_S", (0.0, 0.0))
+    monkeypatch.setattr(source_module, "RETRY_DELAYS_S", (0.0, 0.0))
     data = ShardSet.open(write(tmp_path / "d", 8), "src")
     left = 2
     real = os.pread

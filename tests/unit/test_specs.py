@@ -14,14 +14,14 @@ from transformers import (
 )
 
 from mmscale.config import specs
-from mmscale.config.schema import ImageDataConfig
-from mmscale.config.specs import connector_stride, grid_rows, media_specs, tower_config, vision_grid
+from mmscale.config.schema import ImageDataConfig, VideoDataConfig
+from mmscale.config.specs import connector_stride, extra_tokens, grid_rows, media_specs, tower_config, vision_grid
 from mmscale.errors import ConfigError
-from mmscale.types import AudioSpec, ImageSpec
+from mmscale.types import NEWLINE_TOKEN, AudioSpec, ImageSpec, VideoSpec
 
 
 def specs_of(config, **image):
-    return media_specs(config.model, ImageDataConfig(**image))
+    return media_specs(config.model, config.data.model_copy(update={"image": ImageDataConfig(**image)}))
 
 
 @pytest.mark.parametrize(
@@ -35,17 +35,18 @@ def test_defaults_are_those_of_transformers(hf):
 
 
 @pytest.mark.parametrize(
-    ("size", "patch", "connector", "rows"),
+    ("size", "patch", "connector", "side"),
     [
-        (28, 14, "linear", 4),
-        (42, 14, "mlp_downsample", 4),
-        (70, 14, "mlp_downsample_3x3", 4),
-        (30, 14, "mlp2x_gelu", 4),
+        (28, 14, "linear", 2),
+        (42, 14, "mlp_downsample", 2),
+        (70, 14, "mlp_downsample_3x3", 2),
+        (112, 14, "mlp_downsample_3x3", 3),
+        (30, 14, "mlp2x_gelu", 2),
     ],
 )
-def test_image_rows_by_connector(size, patch, connector, rows, tiny_config):
+def test_image_rows_by_connector(size, patch, connector, side, tiny_config):
     config = tiny_config(vision={"image_size": size, "patch_size": patch}, vision_keys={"connector": connector})
-    assert specs_of(config, mode="pad", fill=(1, 2, 3)).image == ImageSpec(size, rows, "pad", (1, 2, 3))
+    assert specs_of(config, mode="pad", fill=(1, 2, 3)).image == ImageSpec(size, side * side, "pad", (1, 2, 3), side)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,7 @@ def test_composite_folder_gives_its_image_half(tiny_config, tmp_path):
     config = tiny_config()
     section = config.model.vision.model_copy(update={"config": None, "path": str(tmp_path)})
     model = config.model.model_copy(update={"vision": section})
-    assert media_specs(model, ImageDataConfig()).image.tokens == 16
+    assert media_specs(model, config.data).image.tokens == 16
     assert tower_config(section, "model.vision")["model_type"] == "clip_vision_model"
 
 
@@ -82,7 +83,7 @@ def test_keys_absent_in_json_have_transformers_defaults(tiny_config, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "siglip", "vision_config": {"image_size": 32}}))
     config = tiny_config()
     section = config.model.vision.model_copy(update={"config": None, "path": str(tmp_path)})
-    assert media_specs(config.model.model_copy(update={"vision": section}), ImageDataConfig()).image.tokens == 4
+    assert media_specs(config.model.model_copy(update={"vision": section}), config.data).image.tokens == 4
 
 
 def test_whisper(tiny_config):
@@ -142,7 +143,7 @@ def test_unreadable_folder_is_refused_by_name(content, tiny_config, tmp_path):
     config = tiny_config()
     section = config.model.vision.model_copy(update={"config": None, "path": str(tmp_path)})
     with pytest.raises(ConfigError, match=r"config\.json"):
-        media_specs(config.model.model_copy(update={"vision": section}), ImageDataConfig())
+        media_specs(config.model.model_copy(update={"vision": section}), config.data)
 
 
 def test_strides_and_rows():
@@ -157,4 +158,48 @@ def test_wav2vec2_that_would_explode_on_silence_is_refused(tiny_config):
     keys = {"config": {"model_type": "wav2vec2", "feat_extract_norm": "layer"}, "features": "waveform", "window_s": 1.0}
     config = tiny_config(vision=None, audio_keys=keys)
     with pytest.raises(ConfigError, match="conv_bias=true"):
-        media_specs(config.model, config.data.image)
+        media_specs(config.model, config.data)
+
+
+def test_tiles_and_anyres_reach_the_spec(tiny_config):
+    config = tiny_config(vision={"image_size": 42}, vision_keys={"connector": "mlp_downsample"})
+    tiles = specs_of(config, mode="tiles", tiles={"min": 2, "max": 4, "thumbnail": False}).image
+    assert (tiles.mode, tiles.min_tiles, tiles.max_tiles, tiles.thumbnail) == ("tiles", 2, 4, False)
+    default = specs_of(config, mode="anyres").image
+    assert default.grids == ((42, 84), (84, 42), (84, 84), (126, 42), (42, 126)) and default.side == 2
+    assert (default.tokens, default.merge) == (4, "spatial_unpad")
+    own = specs_of(config, mode="anyres", anyres={"grids": [[42, 42]], "merge": "flat"}).image
+    assert (own.grids, own.merge) == (((42, 42),), "flat")
+
+
+def test_settings_of_tiles_and_anyres_that_cannot_work_are_refused(tiny_config):
+    with pytest.raises(ConfigError, match=r"tiles\.min=3 must be at most data\.image\.tiles\.max=2"):
+        specs_of(tiny_config(), mode="tiles", tiles={"min": 3, "max": 2})
+    with pytest.raises(ConfigError, match=r"multiples of the tower's 28 pixels are expected, found \[28, 40\]"):
+        specs_of(tiny_config(), mode="anyres", anyres={"grids": [[28, 56], [28, 40]]})
+    kept = tiny_config(vision={"model_type": "clip_vision_model"}, vision_keys={"select_feature": "cls_patch"})
+    for merge in ("spatial", "spatial_unpad"):
+        with pytest.raises(ConfigError, match=f"merge={merge}.*select_feature=patch"):
+            specs_of(kept, mode="anyres", anyres={"merge": merge})
+    assert specs_of(kept, mode="anyres", anyres={"merge": "flat"}).image.tokens == 5
+    assert specs_of(kept, mode="tiles").image.side == 0
+
+
+@pytest.mark.parametrize(
+    ("image", "tokens"),
+    [
+        ({}, ()),
+        ({"mode": "anyres"}, (NEWLINE_TOKEN,)),
+        ({"mode": "anyres", "anyres": {"merge": "spatial"}}, ()),
+        ({"mode": "tiles"}, ()),
+    ],
+)
+def test_only_lines_need_a_newline_token(image, tokens, tiny_config):
+    assert extra_tokens(tiny_config().data.model_copy(update={"image": ImageDataConfig(**image)})) == tokens
+
+
+def test_video_follows_the_data_section(tiny_config):
+    config = tiny_config()
+    data = config.data.model_copy(update={"video": VideoDataConfig(mode="fps", frames=5, fps=2.0, max_s=9.0)})
+    assert media_specs(config.model, data).video == VideoSpec(5, "fps", 2.0, 9.0)
+    assert media_specs(tiny_config(vision=None).model, data).video is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
 import os
 import random
 import tarfile
@@ -16,7 +17,9 @@ import soundfile
 from PIL import Image
 
 from mmscale.errors import DataError
-from mmscale.streaming.index import build_index, encode_index, index_path, read_index, write_index
+from mmscale.streaming.foreign_index import foreign_index_findings, write_wids
+from mmscale.streaming.index import _View, build_index, encode_index, index_path, map_index, read_index, write_index
+from mmscale.streaming.manifest import Manifest, ShardEntry
 from mmscale.streaming.tar import BLOCK, MAX_MEMBER_BYTES, name_fault, scan_tar, split_name
 
 
@@ -357,7 +360,7 @@ def test_index_round_trip_and_damage(tmp_path: Path) -> None:
         data[:cut],
         b"",
         data + b"x",
-        b"MMIDX\x00\x02\n" + data[8:],
+        b"MMIDX\x00\x03\n" + data[8:],
         data[:-1] + b"\xff",
         data.replace(b'"members":6', b'"members":5'),
     ):
@@ -381,3 +384,87 @@ def test_a_tar_without_files_is_refused_and_one_without_usable_files_has_no_samp
     index = build_index(path)
     write_index(index, index_path(path))
     assert len(read_index(index_path(path))) == 0 and index.keys == []
+
+
+def test_energons_index_is_held_against_ours(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "000000.tar", [*pairs(0, 4), ("bad", b"x")])
+    index = build_index(path)
+    assert foreign_index_findings(path, index) == []
+    with tarfile.open(path) as tar:
+        starts = [m.offset for m in tar.getmembers() if not m.name.endswith(".txt")]
+        end = tar.offset
+    sidecar = tmp_path / "000000.tar.idx"
+
+    def findings(offsets: list[int]) -> str:
+        sidecar.write_bytes(np.array(offsets, "<u8").tobytes())
+        return "; ".join(foreign_index_findings(path, index))
+
+    assert findings([*starts, end]) == ""  # what we skip (`bad`) counts there too
+    assert "3 samples, the tar has 5" in findings([*starts[:3], end])
+    assert "not those of the samples" in findings([*(s + 4096 for s in starts), end])
+    assert "not those of the samples" in findings([0, 1, 2, 3, 4, end])
+    sidecar.write_bytes(b"abc")
+    assert "3 bytes" in foreign_index_findings(path, index)[0]
+
+
+def test_wids_meta_is_written_and_held_against_ours(tmp_path: Path) -> None:
+    manifest = Manifest(())
+    for name, num in (("000000.tar", 3), ("000001.tar", 2)):
+        path = write_tar(tmp_path / name, pairs(0, num))
+        entry = ShardEntry(name, num, path.stat().st_size, "0" * 64, "0" * 32)
+        manifest = Manifest((*manifest.shards, entry))
+    zipped = Manifest((*manifest.shards, ShardEntry("000002.tar.zst", 1, 1, "0" * 64, "0" * 32)))
+    meta = write_wids(tmp_path, zipped)
+    content = json.loads(meta.read_text())
+    assert (content["__kind__"], content["wids_version"], content["name"]) == ("VILA-WebDataset", 1, tmp_path.name)
+    assert content["shardlist"] == [
+        {"url": e.name, "nsamples": e.samples, "filesize": (tmp_path / e.name).stat().st_size} for e in manifest.shards
+    ]
+    path = tmp_path / "000001.tar"
+    index = build_index(path)
+    assert foreign_index_findings(path, index) == []
+    content["shardlist"][1].update(nsamples=7, filesize=1)
+    meta.write_text(json.dumps(content))
+    assert [f.partition(": ")[2].split()[0] for f in foreign_index_findings(path, index)] == ["filesize", "nsamples"]
+    content["shardlist"].pop()
+    meta.write_text(json.dumps(content))
+    assert "does not list 000001.tar" in foreign_index_findings(path, index)[0]
+    for bad in ("[]", "{", '{"shardlist": [1]}'):
+        meta.write_text(bad)
+        assert len(foreign_index_findings(path, index)) == 1
+
+
+def test_a_large_member_is_indexed_by_its_head_or_as_a_whole(tmp_path: Path) -> None:
+    """Headers that lie beyond the first bytes are found too; video is handed over as a file."""
+    picture = io.BytesIO()
+    Image.new("RGB", (33, 21)).save(picture, "JPEG", icc_profile=bytes(40_000))
+    webp = io.BytesIO()
+    noise = np.random.default_rng(3).integers(0, 256, (200, 200, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(webp, "WEBP", quality=100)
+    assert min(len(picture.getvalue()), len(webp.getvalue())) > 16_384
+    members = [("a.jpg", picture.getvalue()), ("a.txt", b"x"), ("b.webp", webp.getvalue()), ("b.txt", b"x")]
+    index = build_index(write_tar(tmp_path / "a.tar", members))
+    assert index.columns["width"].tolist() == [33, 0, 200, 0] and index.columns["height"].tolist() == [21, 0, 200, 0]
+
+
+def test_a_member_is_a_file_to_read() -> None:
+    data = bytes(range(256)) * 40
+    file = io.BufferedReader(_View(data, 100, 5000))
+    assert file.read(10) == data[100:110] and file.tell() == 10
+    assert file.seek(-5, io.SEEK_END) == 4995 and file.read() == data[5095:5100] and file.read(1) == b""
+    assert file.seek(0) == 0 and file.read() == data[100:5100]
+    assert file.seek(9000) == 9000 and file.read(1) == b""
+    with pytest.raises(ValueError, match="seek"):
+        file.seek(-1)
+
+
+def test_an_index_opens_without_its_content_and_equals_the_whole(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [(f"k\u00fc{i}.txt", b"x" * i) for i in range(50)])
+    index = build_index(path)
+    write_index(index, index_path(path))
+    mapped, read = map_index(index_path(path)), read_index(index_path(path))
+    assert mapped.keys == read.keys == index.keys == [mapped.key(i) for i in range(50)]
+    assert encode_index(mapped) == encode_index(read) == index_path(path).read_bytes()
+    index_path(path).write_bytes(b"")
+    with pytest.raises(DataError, match="mmscale-data index"):
+        map_index(index_path(path))

@@ -48,7 +48,7 @@ def replace_config(section, values):
 
 
 def description_of(config):
-    return describe(config.model, 97, media_specs(config.model, config.data.image))
+    return describe(config.model, 97, media_specs(config.model, config.data))
 
 
 def save_full(kind, values, folder, seed):
@@ -178,7 +178,7 @@ def test_missing_tower_weights_are_refused(tiny_config, tmp_path, seed):
 
 def test_towers_attend_with_sdpa(tiny_config):
     config = tiny_config()
-    model = build_model(config, 97, media_specs(config.model, config.data.image))
+    model = build_model(config, 97, media_specs(config.model, config.data))
     for tower in (model.vision.tower, model.audio.tower):
         assert tower.model.config._attn_implementation == "sdpa"
     assert model.llm.config._attn_implementation == "mmscale_packed"
@@ -195,7 +195,7 @@ def test_language_model_from_a_folder_grows_by_the_mean_row(tied, tiny_config, t
     config = tiny_config(vision=None, audio=None)
     section = config.model.llm.model_copy(update={"config": None, "path": str(tmp_path)})
     model = config.model.model_copy(update={"llm": section})
-    specs = media_specs(model, config.data.image)
+    specs = media_specs(model, config.data)
     grown = load_llm(describe(model, 64, specs).text_config, str(tmp_path))
     for mine, old in (
         (grown.get_input_embeddings().weight, full.get_input_embeddings().weight),
@@ -215,4 +215,4 @@ def test_a_folder_that_is_no_model_is_refused(tiny_config, tmp_path):
     section = config.model.llm.model_copy(update={"config": None, "path": str(tmp_path / "none")})
     model = config.model.model_copy(update={"llm": section})
     with pytest.raises(ConfigError, match=r"model\.llm\.path"):
-        describe(model, 64, media_specs(model, config.data.image))
+        describe(model, 64, media_specs(model, config.data))

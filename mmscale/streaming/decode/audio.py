@@ -7,9 +7,11 @@ from io import BytesIO
 import numpy as np
 import soundfile
 import torch
+from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from mmscale.errors import BadSampleError
+from mmscale.streaming.containers import AAC_FORMATS, container_format, read_aac
 from mmscale.streaming.decode.dsp import log_mel, resample, resampled_length
 from mmscale.types import AudioSpec
 
@@ -63,7 +65,21 @@ def _check_size(num_samples: int, rate_hz: int, channels: int) -> None:
 
 def _read_mono(data: bytes) -> tuple[torch.Tensor, int]:
     """The clip, float32 [N], mean over its channels, and its sampling rate in Hz."""
-    blocks = []
+    if container_format(data[:12]) in AAC_FORMATS:
+        wave, rate_hz = read_aac(data)
+        _check_size(len(wave), rate_hz, channels=1)
+    else:
+        wave, rate_hz = _read_by_soundfile(data)
+    if not len(wave):
+        raise BadSampleError("decode_audio", "expected at least one sample, found none")
+    if not np.isfinite(wave).all():
+        raise BadSampleError("decode_audio", "a sample is not a finite number")
+    return torch.from_numpy(wave), rate_hz
+
+
+def _read_by_soundfile(data: bytes) -> tuple[NDArray[np.float32], int]:
+    _check_whole_wav(data)
+    blocks = [np.zeros(0, np.float32)]
     try:
         with soundfile.SoundFile(BytesIO(data)) as file:
             if file.format not in _FORMATS:
@@ -79,9 +95,20 @@ def _read_mono(data: bytes) -> tuple[torch.Tensor, int]:
                 blocks.append(block.mean(axis=1, dtype=np.float32))
     except (soundfile.LibsndfileError, RuntimeError, TypeError, ValueError) as error:
         raise BadSampleError("decode_audio", f"{len(data)} bytes: {type(error).__name__}: {error}") from error
-    if not blocks:
-        raise BadSampleError("decode_audio", "expected at least one sample, found none")
-    wave = np.concatenate(blocks)
-    if not np.isfinite(wave).all():
-        raise BadSampleError("decode_audio", "a sample is not a finite number")
-    return torch.from_numpy(wave), rate_hz
+    return np.concatenate(blocks), rate_hz
+
+
+def _check_whole_wav(data: bytes) -> None:
+    """Refuses a WAV file that ends before its samples do; libsndfile would take what is there for the whole clip."""
+    if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
+        return
+    at = 12
+    while at + 8 <= len(data):
+        size = int.from_bytes(data[at + 4 : at + 8], "little")
+        if data[at : at + 4] == b"data":
+            if size > len(data) - at - 8:
+                raise BadSampleError(
+                    "decode_audio", f"cut off: {len(data) - at - 8} bytes of samples, the header says {size}"
+                )
+            return
+        at += 8 + size + size % 2

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import random
 import textwrap
-from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from mmscale.errors import BadSampleError, RefusedInputError
-from mmscale.streaming.media import IMAGE_FORMATS, probe
+from PIL import ImageDraw, ImageFont, ImageOps
+from PIL.Image import Image, fromarray, new
+
+from mmscale.data_tools.inspection.stats import count_tokens
+from mmscale.data_tools.inspection.thumbnails import FONT_SIZE, input_strip, label_box
+from mmscale.errors import BadSampleError, ConfigError, RefusedInputError
+from mmscale.streaming.decode.image import open_pixels
+from mmscale.streaming.decode.video import decode_video
+from mmscale.streaming.media import probe
 from mmscale.streaming.shards import ShardSet
-from mmscale.types import MEDIA_TOKENS, MediaBytes, Sample
+from mmscale.streaming.tokenizer import TextTokenizer
+from mmscale.types import ImageSpec, MediaBytes, Sample, VideoSpec
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from mmscale.streaming.tokenizer import TextTokenizer
-
-WIDTH, THUMB, MARGIN, LINE, FONT_SIZE = 1000, 112, 8, 15, 12
+WIDTH, THUMB, MARGIN, LINE = 1000, 112, 8, 15
 MAX_THUMBS, MAX_LINES, TEXT_COLUMNS = 4, 14, 110
 MAX_PIXELS = 64_000_000
+_PAPER = (240, 240, 240)
+_FRAME = ImageSpec(size=THUMB, tokens=1, mode="pad", fill=_PAPER)
 
 
 def write_preview(folder: Path, out: Path, num: int = 8, seed: int = 0, tokenizer: Path | None = None) -> int:
@@ -33,41 +36,34 @@ def write_preview(folder: Path, out: Path, num: int = 8, seed: int = 0, tokenize
         seed: of the draw.
         tokenizer: tokenizer folder; with it the text tokens of each sample are shown.
     """
-    from PIL import Image
-
     if num < 1:
         raise RefusedInputError(f"--num is {num}, expected at least 1 sample to show")
     data = ShardSet.open(folder, folder.name)
-    counter = _load_tokenizer(tokenizer) if tokenizer else None
+    counter = TextTokenizer.load(tokenizer) if tokenizer else None
     rows = sorted(random.Random(seed).sample(range(len(data)), min(num, len(data))))
     strips = [_strip(data, row, counter) for row in rows]
-    sheet = Image.new("RGB", (WIDTH, sum(strip.height for strip in strips)), "white")
+    sheet = new("RGB", (WIDTH, sum(strip.height for strip in strips)), "white")
     top = 0
     for strip in strips:
         sheet.paste(strip, (0, top))
         top += strip.height
-    out.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(out, "PNG")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(out, "PNG")
+    except OSError as error:
+        raise ConfigError(f"{out}: cannot be written: {error.strerror}; give another --out") from error
     return len(rows)
-
-
-def _load_tokenizer(path: Path) -> TextTokenizer:
-    from mmscale.streaming.tokenizer import TextTokenizer
-
-    return TextTokenizer.load(path)
 
 
 def _strip(data: ShardSet, row: int, tokenizer: TextTokenizer | None) -> Image:
     """One sample: thumbnails on the left, text on the right."""
-    from PIL import Image, ImageDraw, ImageFont
-
     try:
         sample = data.read(row)
         lines, thumbs = _lines(sample, tokenizer), [_thumb(item) for item in sample.media[:MAX_THUMBS]]
     except BadSampleError as e:
         lines, thumbs = [data.id(row), f"SKIPPED  {e}"], []
     height = max(2 * MARGIN + LINE * len(lines), (THUMB + MARGIN) * -(-len(thumbs) // 2) + MARGIN)
-    strip = Image.new("RGB", (WIDTH, height), "white")
+    strip = new("RGB", (WIDTH, height), "white")
     for i, thumb in enumerate(thumbs):
         strip.paste(thumb, (MARGIN + (THUMB + MARGIN) * (i % 2), MARGIN + (THUMB + MARGIN) * (i // 2)))
     draw = ImageDraw.Draw(strip)
@@ -82,7 +78,7 @@ def _strip(data: ShardSet, row: int, tokenizer: TextTokenizer | None) -> Image:
 def _lines(sample: Sample, tokenizer: TextTokenizer | None) -> list[str]:
     counts = f"{len(sample.media)} media, {sum(len(turn.text.encode()) for turn in sample.turns)} bytes of text"
     if tokenizer:
-        counts += f", {_text_tokens(sample, tokenizer)} text tokens"
+        counts += f", {count_tokens([sample], tokenizer)[0]} text tokens"
     lines = [f"{sample.id}   {counts}"]
     for turn in sample.turns:
         for paragraph in f"{turn.role}: {turn.text}".split("\n"):
@@ -90,29 +86,30 @@ def _lines(sample: Sample, tokenizer: TextTokenizer | None) -> list[str]:
     return lines if len(lines) <= MAX_LINES else [*lines[: MAX_LINES - 1], "..."]
 
 
-def _text_tokens(sample: Sample, tokenizer: TextTokenizer) -> int:
-    """Tokens of the turns' texts, without chat template and media placeholders."""
-    texts = [turn.text for turn in sample.turns]
-    for modality in {item.modality for item in sample.media}:
-        texts = [text.replace(MEDIA_TOKENS[modality], "") for text in texts]
-    return sum(map(len, tokenizer.encode_batch(texts)))
-
-
 def _thumb(item: MediaBytes) -> Image:
-    """A thumbnail, or a labelled box for what is no picture or cannot be shown."""
-    from PIL import Image, ImageDraw, ImageFont, ImageOps
-
-    lengths = probe(item.ext, item.data)
+    """A picture, the first frame of a clip, or a labelled box for sound and for what cannot be shown."""
     label = f"{item.modality} .{item.ext}\n{len(item.data)} bytes"
-    if item.modality == "image" and 0 < lengths.width * lengths.height <= MAX_PIXELS:
-        try:
-            with Image.open(BytesIO(item.data), formats=IMAGE_FORMATS) as image:
-                picture = ImageOps.exif_transpose(image).convert("RGB")
-            return ImageOps.pad(picture, (THUMB, THUMB), color=(240, 240, 240))
-        except (OSError, ValueError, SyntaxError):
-            label += "\ncannot be decoded"
-    if lengths.rate_hz:
-        label += f"\n{lengths.audio_samples / lengths.rate_hz:.2f} s\n{lengths.rate_hz} Hz"
-    box = Image.new("RGB", (THUMB, THUMB), (225, 235, 225))
-    ImageDraw.Draw(box).multiline_text((6, 6), label, fill="black", font=ImageFont.load_default(FONT_SIZE))
-    return box
+    try:
+        if item.modality == "image":
+            return ImageOps.pad(fromarray(open_pixels(item.data, MAX_PIXELS)), (THUMB, THUMB), color=_PAPER)
+        if item.modality == "video":
+            return _first_frame(item)
+    except BadSampleError as error:
+        return label_box(f"{label}\n{error.reason}", THUMB)
+    header = probe(item.ext, item.data)
+    if header.rate_hz:
+        label += f"\n{header.audio_samples / header.rate_hz:.2f} s\n{header.rate_hz} Hz"
+    return label_box(label, THUMB)
+
+
+def _first_frame(item: MediaBytes) -> Image:
+    """The first frame, with the length of the clip written on it."""
+    header = probe(item.ext, item.data)
+    thumb = input_strip("video", decode_video(item.data, VideoSpec(frames=1), _FRAME, MAX_PIXELS), THUMB)
+    text = f"{header.frames} frames" + (
+        f", {header.frames * 1000 / header.fps_milli:.1f} s" if header.fps_milli else ""
+    )
+    draw, font = ImageDraw.Draw(thumb), ImageFont.load_default(FONT_SIZE - 2)
+    draw.rectangle((0, THUMB - LINE, THUMB, THUMB), fill=_PAPER)
+    draw.text((4, THUMB - LINE), text, fill="black", font=font)
+    return thumb

@@ -170,8 +170,9 @@ def _element(text: _Text, number: int) -> Row:
         except json.JSONDecodeError as e:
             # Either a mistake or the end of the window: only more text can tell.
             if text.at_end or len(text.text) - text.position > MAX_BYTES:
+                limit = "" if text.at_end else f" (of a row, {MAX_BYTES >> 20} MiB are read at most)"
                 text.position = min(e.pos, len(text.text))
-                raise text.refused(e.msg) from None
+                raise text.refused(e.msg + limit) from None
         else:
             if end < len(text.text) or text.at_end:  # a number at the window's edge may go on
                 row = Row(number, text.here(), value, fault)

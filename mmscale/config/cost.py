@@ -1,0 +1,248 @@
+"""What a pack costs to compute: from the model's configuration as FLOPs, or fitted to measured steps.
+
+A matrix weight costs 2 operations per token forward and 4 backward, 2 of them only when it is trained (Kaplan et al. 2020,
+arXiv:2001.08361, section 2.1). Causal attention over a document of L tokens costs 2 * L^2 * width forward and twice that
+backward, per layer; a tower's attention is not causal and costs 4 * n^2 * width. Towers that are frozen have no backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmscale.config.schema import Config, CostConfig, LlmConfig, ModelConfig, PartConfig, PartsConfig, TowerConfig
+from mmscale.config.specs import connector_stride, mlp_depth, read_hf_config, tower_config, vision_grid
+from mmscale.errors import ConfigError, DataError
+from mmscale.types import MediaSpecs
+
+FEATURES = ("fixed", "token", "pair", "vision_input", "audio_input")
+"""The keys of `CostConfig` in the order of the features of a pack."""
+
+_UNGATED = frozenset(("phi", "gpt2", "gpt_neox", "gptj", "opt", "falcon", "bloom", "starcoder2"))
+"""LLMs whose MLP is two matrices; all others have three (a gate)."""
+
+_FULL_PACK = float(1 << 50)
+_WARM_UP = 10
+_LEAST_STEPS = 20
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+def pack_cost(
+    model: ModelConfig, specs: MediaSpecs, parts: PartsConfig | None = None, vocab_size: int | None = None
+) -> CostConfig:
+    """FLOPs of a pack, forward and backward, from the configuration alone.
+
+    Args:
+        model: LLM, towers and connectors.
+        specs: from `media_specs`.
+        parts: what is trained; None = everything.
+        vocab_size: rows of the head; None = those of the LLM's configuration.
+
+    Raises:
+        ConfigError: an LLM configuration that does not give its sizes.
+    """
+    llm, width, pair = _llm_flops(model.llm, vocab_size)
+    trained = {name: _is_trained(getattr(parts, name) if parts else None) for name in PartsConfig.model_fields}
+    cost = {"token": llm * (6 if trained["llm"] else 4), "pair": 3.0 * pair}
+    if model.vision is not None and specs.image is not None:
+        tower, hidden = _vision_flops(model.vision)
+        stride = connector_stride(model.vision.connector)
+        connector = specs.image.tokens * _connector_weights(model.vision.connector, hidden * stride**2, width)
+        cost["vision_input"] = _media_flops(tower, connector, trained["vision"], trained["vision_connector"])
+    if model.audio is not None and specs.audio is not None:
+        tower, hidden = _audio_flops(model.audio, specs.audio.window_samples, specs.audio.tokens)
+        connector = specs.audio.tokens * _connector_weights(model.audio.connector, hidden, width)
+        cost["audio_input"] = _media_flops(tower, connector, trained["audio"], trained["audio_connector"])
+    return CostConfig(**cost)
+
+
+def run_cost(config: Config, specs: MediaSpecs, vocab_size: int) -> CostConfig:
+    """The cost of a run's packs: `data.cost`, or FLOPs with a head of `vocab_size` rows. Raises ConfigError like `pack_cost`."""
+    return config.data.cost or pack_cost(config.model, specs, config.train.parts, vocab_size)
+
+
+def integer_coefficients(cost: CostConfig, seq_len: int) -> tuple[int, ...]:
+    """Costs per token, pair, vision input and audio input as integers, so that all machines sum and sort them alike.
+
+    They are scaled so that the tokens and pairs of one pack-long document come to 2^50. What every pack costs is left out.
+
+    Raises:
+        ConfigError: neither tokens nor pairs cost anything.
+    """
+    full = cost.token * seq_len + cost.pair * float(seq_len) ** 2
+    if full <= 0:
+        raise ConfigError(
+            f"data.cost: expected a cost per token or per pair above 0, found token={cost.token:g} and pair={cost.pair:g}; "
+            "set one of them, or remove data.cost"
+        )
+    scale = _FULL_PACK / full
+    return tuple(round(value * scale) for value in (cost.token, cost.pair, cost.vision_input, cost.audio_input))
+
+
+def document_costs(coefficients: Sequence[int], tokens: Ints, vision: Ints, audio: Ints) -> Ints:
+    """Cost of each document [n] from `integer_coefficients`; the cost of a pack is the sum over its documents."""
+    token, pair, vision_input, audio_input = coefficients
+    return token * tokens + pair * tokens * tokens + vision_input * vision + audio_input * audio
+
+
+def predict_cost(cost: CostConfig, features: Floats) -> Floats:
+    """Cost [n] of packs or steps with some features [n, 5], in the unit of `cost`."""
+    return np.asarray(features, np.float64) @ np.array([getattr(cost, name) for name in FEATURES])
+
+
+@dataclass(frozen=True)
+class FittedCost:
+    """A fit, and the relative error of its predictions for steps that it has not seen: on average and at worst."""
+
+    cost: CostConfig
+    mean_error: float
+    worst_error: float
+
+
+def fit_cost(features: Floats, seconds: Floats) -> FittedCost:
+    """The costs with which the features explain the measured times best, by relative error; none is negative.
+
+    The error is that of the odd steps under a fit of the even ones; the fit itself is of all. When tokens never vary, `fixed`
+    and `token` cannot be told apart: their sum is still right.
+
+    Args:
+        features: [n, 5] per step or pack: how often each of `FEATURES` occurs (the first is the number of packs).
+        seconds: [n], all above 0; the first 10 are left out, they are slower.
+
+    Raises:
+        DataError: fewer than 20 steps are left.
+    """
+    rows, times = np.asarray(features, np.float64)[_WARM_UP:], np.asarray(seconds, np.float64)[_WARM_UP:]
+    if len(rows) < _LEAST_STEPS:
+        raise DataError(
+            f"expected at least {_WARM_UP + _LEAST_STEPS} measured steps to fit the cost, found {len(features)}; "
+            "train some more steps and fit again"
+        )
+    relative = rows / times[:, None]
+    held_out = np.abs(relative[1::2] @ _non_negative_fit(relative[::2]) - 1)
+    cost = CostConfig(**dict(zip(FEATURES, _non_negative_fit(relative).tolist(), strict=True)))
+    return FittedCost(cost, float(held_out.mean()), float(held_out.max()))
+
+
+def _non_negative_fit(rows: Floats) -> Floats:
+    """The x >= 0 with the least |rows @ x - 1|^2: of 5 columns every subset is tried, the best that stays positive wins."""
+    scale = np.where(rows.any(0), np.abs(rows).max(0), 1.0)
+    target = np.ones(len(rows))
+    best, found = float(len(rows)), np.zeros(rows.shape[1])
+    for size in range(1, rows.shape[1] + 1):
+        for subset in map(list, combinations(range(rows.shape[1]), size)):
+            x = np.linalg.lstsq(rows[:, subset] / scale[subset], target, rcond=None)[0]
+            error = float(np.square(rows[:, subset] / scale[subset] @ x - target).sum())
+            if (x >= 0).all() and error < best:
+                best, found = error, np.zeros(rows.shape[1])
+                found[subset] = x / scale[subset]
+    return found
+
+
+def _is_trained(part: PartConfig | None) -> bool:
+    return part is None or part.tune != "frozen"
+
+
+def _media_flops(tower: float, connector: float, tower_trained: bool, connector_trained: bool) -> float:
+    """FLOPs of one tower input from its forward FLOPs in the tower and multiplications in the connector."""
+    backward = 6 if connector_trained else 4 if tower_trained else 2
+    return tower * (3 if tower_trained else 1) + connector * backward
+
+
+def _llm_flops(llm: LlmConfig, vocab_size: int | None) -> tuple[float, int, float]:
+    """(matrix weights that a token meets, head included; width; forward FLOPs of attention per squared length)."""
+    raw = dict(llm.config) if llm.config is not None else read_hf_config(llm.path or "", "model.llm")
+    raw = raw.get("text_config", raw)
+    hidden = _size(raw, "hidden_size", "n_embd", "d_model")
+    layers, heads = _size(raw, "num_hidden_layers", "n_layer"), _size(raw, "num_attention_heads", "n_head")
+    head = _size(raw, "head_dim", default=hidden // heads)
+    kv_heads = _size(raw, "num_key_value_heads", default=heads)
+    attention = 2 * hidden * head * (heads + kv_heads)
+    return (
+        float(layers * (attention + _mlp_weights(raw, hidden)) + hidden * (vocab_size or _size(raw, "vocab_size"))),
+        hidden,
+        (2.0 * layers * heads * head),
+    )
+
+
+def _mlp_weights(raw: Mapping[str, Any], hidden: int) -> int:
+    """Weights of the MLP of one layer that a token meets; of a mixture of experts those of its experts."""
+    matrices = 2 if raw.get("model_type") in _UNGATED else 3
+    inner = _size(raw, "intermediate_size", "n_inner", default=4 * hidden)
+    experts = _size(raw, "num_local_experts", "num_experts", default=1)
+    if experts == 1:
+        return matrices * hidden * inner
+    inner = _size(raw, "moe_intermediate_size", default=inner)
+    shared = raw.get("shared_expert_intermediate_size") or 0
+    return matrices * hidden * (inner * _size(raw, "num_experts_per_tok", default=2) + shared) + hidden * experts
+
+
+def _vision_flops(part: TowerConfig) -> tuple[float, int]:
+    """(forward FLOPs of one image, width of the tower)."""
+    config = tower_config(part, "model.vision")
+    grid = vision_grid(config)
+    hidden, patch = int(config["hidden_size"]), grid.size // grid.side
+    inner = int(config.get("intermediate_size") or config.get("mlp_ratio", 4) * hidden)
+    layers = _layers_used(part, int(config["num_hidden_layers"]))
+    embedding = 2.0 * grid.side**2 * 3 * patch**2 * hidden
+    return embedding + layers * _encoder_layer(grid.side**2 + grid.prefix, hidden, inner), hidden
+
+
+def _audio_flops(part: TowerConfig, window_samples: int, frames: int) -> tuple[float, int]:
+    """(forward FLOPs of one window, width of the tower)."""
+    config = tower_config(part, "model.audio")
+    if config["model_type"] == "whisper":
+        hidden, inner = int(config["d_model"]), int(config.get("encoder_ffn_dim") or 4 * config["d_model"])
+        mel_bins = int(config["num_mel_bins"])
+        front = 2.0 * 3 * hidden * (2 * frames * mel_bins + frames * hidden)  # two convolutions of width 3
+        layers = _layers_used(part, int(config["encoder_layers"]))
+    else:
+        hidden = int(config["hidden_size"])
+        inner, layers = int(config.get("intermediate_size") or 4 * hidden), int(config["num_hidden_layers"])
+        kernels, strides = config["conv_kernel"], config["conv_stride"]
+        front, length, channels = 0.0, window_samples, 1
+        for kernel, stride, width in zip(kernels, strides, config.get("conv_dim", [512] * len(kernels)), strict=True):
+            length = (length - kernel) // stride + 1
+            front, channels = front + 2.0 * length * kernel * channels * width, width
+        front += 2.0 * frames * channels * hidden
+        layers = _layers_used(part, layers)
+    return front + layers * _encoder_layer(frames, hidden, inner), hidden
+
+
+def _encoder_layer(tokens: int, hidden: int, inner: int) -> float:
+    """Forward FLOPs of one transformer layer in which all tokens see each other."""
+    return 2.0 * tokens * (4 * hidden**2 + 2 * hidden * inner) + 4.0 * tokens**2 * hidden
+
+
+def _layers_used(part: TowerConfig, layers: int) -> int:
+    select = part.select_layer
+    return layers if select is None else select if select >= 0 else layers + 1 + select
+
+
+def _connector_weights(name: str, inputs: int, width: int) -> float:
+    """Matrix weights of a connector from `inputs` numbers per row to `width`."""
+    depth = mlp_depth(name) or (1 if name == "linear" else 2)
+    return float(inputs * width + (depth - 1) * width**2)
+
+
+def _size(raw: Mapping[str, Any], *names: str, default: int | None = None) -> int:
+    """The first of some keys that is set. Raises ConfigError: no positive whole number, or none and no default."""
+    for name in names:
+        value = raw.get(name)
+        if isinstance(value, int) and value > 0:
+            return value
+        if value is not None:
+            raise ConfigError(f"model.llm.config.{name}: expected a positive whole number, found {value!r}; correct it")
+    if default is None:
+        raise ConfigError(
+            f"model.llm.config: expected `{names[0]}` in the Hugging Face configuration, found none; add it, or say in data.cost "
+            "what tokens cost"
+        )
+    return default

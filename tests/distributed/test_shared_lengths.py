@@ -1,0 +1,71 @@
+"""Ranks share the work of computing lengths, and wait for each other longer than a collective may take."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from mmscale.data_tools.writer import ShardWriter
+from mmscale.parallel.mesh import Mesh
+from mmscale.streaming import lengths as lengths_module
+from mmscale.streaming.chat import load_template
+from mmscale.streaming.encode import Encoder
+from mmscale.streaming.lengths import Turn, sample_lengths
+from mmscale.streaming.rows import encode_row
+from mmscale.streaming.shards import ShardSet
+from mmscale.streaming.tokenizer import TextTokenizer
+from mmscale.train import setup
+from mmscale.types import MediaSpecs
+from mmscale.types import Turn as ChatTurn
+
+
+def count_lengths(mesh: Mesh, folder: str, tokenizer_folder: str) -> Any:
+    """(shards that this rank counted, tokens of all rows)"""
+    counted: list[str] = []
+    compute = lengths_module._compute
+    lengths_module._compute = lambda shard, *others: counted.append(shard.name) or compute(shard, *others)  # type: ignore[func-returns-value]
+    together = setup._Together(mesh)
+    template, tokenizer = load_template("chatml"), TextTokenizer.load(tokenizer_folder)
+    encoder = Encoder(tokenizer, template, MediaSpecs(), max_tokens=1000, on_long="drop", max_pixels=1)
+    shards = ShardSet.open(Path(folder) / "rows", "rows")
+    turn = Turn(mesh.rank, mesh.world_size, together.still_working)
+    lengths = sample_lengths(shards, encoder, turn)
+    together.wait()
+    lengths_module._compute = compute
+    return len(counted), lengths.tokens.tolist()
+
+
+def test_every_rank_counts_a_part(ranks, demo_data: Path, tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "rows", max_samples=20) as writer:
+        for i in range(400):
+            turns = [ChatTurn("user", "q" * (i % 50)), ChatTurn("assistant", "a")]
+            writer.write(f"{i:03}", {"json": encode_row(turns)})
+    results = ranks(4).run(count_lengths, str(tmp_path), str(demo_data / "tokenizer"))
+    assert len({tuple(tokens) for _, tokens in results}) == 1 and len(results[0][1]) == 400
+    counted = [n for n, _ in results]
+    assert 20 <= sum(counted) <= 26  # 20 shards, some of them twice when two ranks come to one at the same time
+    assert max(counted) <= 12
+    assert [n for n, _ in ranks(4).run(count_lengths, str(tmp_path), str(demo_data / "tokenizer"))] == [0, 0, 0, 0]
+
+
+def wait_for_a_slow_rank(mesh: Mesh, timeout_s: float, work_s: float) -> float:
+    """Seconds until all ranks are together, when the last rank works for longer than a collective may take."""
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    together = setup._Together(dataclasses.replace(mesh, host_group=group))
+    setup._JOIN_EVERY_S = timeout_s / 4
+    started = time.monotonic()
+    while mesh.rank == mesh.world_size - 1 and time.monotonic() - started < work_s:
+        together.still_working()
+        time.sleep(0.01)
+    together.wait()
+    return time.monotonic() - started
+
+
+def test_ranks_wait_longer_than_a_collective_may_take(ranks) -> None:
+    times = ranks(2).run(wait_for_a_slow_rank, 1.0, 2.5)
+    assert all(2.4 < seconds < 10 for seconds in times)
