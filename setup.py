@@ -47,7 +47,7 @@ setup(
     package_data={"mmscale.configs": ["**/*.yaml"], "mmscale": ["py.typed"]},
     install_requires=[
         "torch>=2.11", "transformers>=5.17", "tokenizers>=0.22", "webdataset>=1.0", "zstandard>=0.23", "braceexpand>=0.1.7", "safetensors>=0.6", "numpy>=2.0",
-        "pydantic>=2.11", "typer>=0.20", "PyYAML>=6.0", "rich>=13", "pillow>=11", "av>=14", "soundfile>=0.13", "xxhash>=3.5", "psutil>=6",
+        "pydantic>=2.11", "typer>=0.20", "PyYAML>=6.0", "rich>=13", "pillow>=11", "av>=18,<19", "soundfile>=0.13", "xxhash>=3.5", "psutil>=6",
         "tensorboard>=2.19",
     ],
     extras_require=EXTRAS,

@@ -196,7 +196,12 @@ def preview(
     """Draw some samples of a folder with their text, or one pack of a run exactly as it is trained."""
     if Path(words[0]).is_dir():
         from mmscale.data_tools.inspection.preview import write_preview
+        from mmscale.errors import ConfigError
 
+        if len(words) > 1:
+            raise ConfigError(f"expected one folder, found {len(words)}; preview them one by one")
+        if out.suffix != ".png":
+            raise ConfigError(f"--out {out}: expected a name that ends with .png, found '{out.suffix}'; rename it")
         shown = write_preview(Path(words[0]), out, num, seed, tokenizer)
         typer.echo(f"{out}: {shown} samples of {words[0]}")
     else:

@@ -64,7 +64,10 @@ def filter_samples(
     """
     check_out(folders, out)
     return write_items(
-        _select([ShardSet.open(folder, folder.name) for folder in folders], selection, rename), out, options, on_row
+        _select([ShardSet.open(folder, folder.resolve().name) for folder in folders], selection, rename),
+        out,
+        options,
+        on_row,
     )
 
 

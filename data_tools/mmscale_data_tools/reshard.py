@@ -72,14 +72,14 @@ def _open(path: Path) -> ShardSet:
         raise RefusedInputError(
             f"{path}: --shuffle needs an indexed folder, found no {MANIFEST_NAME}; run: mmscale-data index {path}"
         )
-    return ShardSet.open(path, path.name)
+    return ShardSet.open(path, path.resolve().name)
 
 
 def _in_order(path: Path, source: Source) -> Iterator[Item]:
     if not (path / MANIFEST_NAME).is_file():
         yield from raw_items(source)
         return
-    data = ShardSet.open(path, path.name)
+    data = ShardSet.open(path, path.resolve().name)
     yield from dataset_items(data, range(len(data)), source.rename)
     yield from refused_items(data)
     # Shards that were put aside for a compression without random access: to write them anew is the remedy.

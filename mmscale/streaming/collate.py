@@ -51,7 +51,7 @@ def collate(documents: Sequence[EncodedSample], specs: MediaSpecs, skipped: Sequ
         media=media,
         lengths=tuple(lengths.tolist()),
         ids=tuple(d.id for d in documents),
-        tokens=_count_tokens(documents, media, {s.id for s in skipped}),
+        tokens=_count_tokens(documents, media, skipped),
         skipped=tuple(skipped),
     )
 
@@ -113,9 +113,10 @@ def _check_rows(items: list[tuple[int, EncodedMedia]], documents: Sequence[Encod
 
 
 def _count_tokens(
-    documents: Sequence[EncodedSample], media: dict[Modality, MediaBatch], skipped: set[str]
+    documents: Sequence[EncodedSample], media: dict[Modality, MediaBatch], skipped: Sequence[Skip]
 ) -> dict[str, int]:
-    counts = {"text": sum(len(d) for d in documents if d.id not in skipped)}
+    lengths = {d.id: len(d) for d in documents}  # of a small source one sample may come twice, of which one is filler
+    counts = {"text": sum(map(len, documents)) - sum(lengths[s.id] for s in skipped)}
     for modality, batch in media.items():
         counts[modality] = int(batch.num_tokens.sum())
         counts["text"] -= counts[modality]

@@ -3,7 +3,8 @@
 The draws of all sources form one stream. Draw k of a source with the share `p` has the virtual time `(k + 1/2) / p`, and
 window w covers the virtual times `[w * W, (w + 1) * W)`: so a window is a function of w alone. Draw k of a source of N rows
 is position `k % N` of epoch `k // N`, and each epoch is an order of its own: each row once per epoch, whatever the shares are.
-When a source has ended, or the mixture was changed at a resume, the count begins anew at that window: a phase of the mixture.
+When a source has ended, the count begins anew at that window, and behind that window when the mixture was changed at a resume: a
+phase of the mixture.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from numpy.typing import NDArray
 
 from mmscale.streaming.pack import Ints
 from mmscale.streaming.permute import shuffle_blocks
+
+MAX_AGE = 4
+"""A document that was carried over so many windows is emitted, however empty its pack is; more are not counted."""
 
 Drawn = tuple[tuple[str, int], ...]
 """Draws made so far, by source."""
@@ -153,14 +157,18 @@ class Mixture:
         self.sources, self.window, self.block, self.seed = tuple(sources), window, block, seed
 
     def positions(self, window: int, since: int, drawn: Drawn) -> Drawn:
-        """Draws of each source before `window`, when `drawn` were made before the window `since` of the same phase."""
+        """Draws of each source before `window`, when `drawn` were made before the window `since` of the same phase.
+
+        A phase that begins later than `window` has drawn nothing yet.
+        """
+        windows = max(0, window - since)
         base = dict(drawn)
         live = [s for s in self.sources if s.last_draw is None or base.get(s.name, 0) < s.last_draw]
         total = sum((s.share for s in live), Fraction(0))
         out = {s.name: base.get(s.name, 0) for s in self.sources}
         for source in live:
             num, den = (source.share / total).as_integer_ratio()
-            number = out[source.name] + (2 * num * (window - since) * self.window + den) // (2 * den)
+            number = out[source.name] + (2 * num * windows * self.window + den) // (2 * den)
             out[source.name] = number if source.last_draw is None else min(number, source.last_draw)
         return tuple(out.items())
 
@@ -187,10 +195,11 @@ class Mixture:
 
     def encode(self, draws: Draws) -> Carry:
         """Draws that wait, one window older. `draws` stand by source and number."""
+        waited = np.minimum(draws.age + 1, MAX_AGE)
         runs = []
-        for source_idx, age in sorted(set(zip(draws.source.tolist(), draws.age.tolist(), strict=True))):
-            numbers = draws.number[(draws.source == source_idx) & (draws.age == age)]
-            runs.append((self.sources[source_idx].name, age + 1, numbers))
+        for source_idx, age in sorted(set(zip(draws.source.tolist(), waited.tolist(), strict=True))):
+            numbers = draws.number[(draws.source == source_idx) & (waited == age)]
+            runs.append((self.sources[source_idx].name, age, numbers))
         return Carry.of(runs)
 
     def _draws(self, source_idx: int, number: Ints, age: int) -> Draws:

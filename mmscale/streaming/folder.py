@@ -163,7 +163,7 @@ class LocalFolder:
 
     def source(self, entry: ShardEntry) -> LocalFile:
         """The shard's file."""
-        return LocalFile(self.path / entry.name, entry.bytes)
+        return LocalFile(self.path / entry.name, entry.bytes, entry.sha256)
 
     def strays(self, known: Iterable[str]) -> dict[str, str]:
         """Shards that lie in the folder and are not `known`, with the reason why they are not used."""

@@ -12,6 +12,7 @@ import os
 import time
 import uuid
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -45,6 +46,22 @@ _PLANNED = {"tokens": "<u4", "vision": "<u2", "audio": "<u2"}
 _BY_MODALITY = {f"{modality}_tokens": "<u4" for modality in MODALITIES}
 COLUMNS = {**_PLANNED, **_BY_MODALITY}
 """What is stored per row: for the plan, and for reports."""
+
+_MOST_BYTES = 256
+"""Per row in a file of lengths, that of its reason included."""
+
+_DAMAGED = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    EOFError,
+    MemoryError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What numpy and zipfile raise for files that are not what they should be."""
 
 Columns = Mapping[str, NDArray[np.generic]]
 
@@ -277,15 +294,25 @@ def _load(path: Path, num_rows: int, wanted: Mapping[str, str]) -> tuple[Columns
     """What is stored at `path`; None when there is nothing usable."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            columns = {name: file[name].astype(dtype, copy=False) for name, dtype in wanted.items()}
-            reasons = dict(zip(file["bad_rows"].tolist(), file["bad_reasons"].tolist(), strict=True))
+            size = sum(member.file_size for member in file.zip.infolist())
+            if size > _MOST_BYTES * (num_rows + 64):  # whoever wrote it: nothing larger is unpacked
+                raise ValueError(f"expected {num_rows} rows, found {size} bytes")
+            columns = {name: _column(file[name], num_rows, dtype) for name, dtype in wanted.items()}
+            reasons = dict(zip(file["bad_rows"].tolist(), map(str, file["bad_reasons"].tolist()), strict=True))
+        if set(np.flatnonzero(columns["tokens"] == 0).tolist()) != set(reasons):
+            raise ValueError("rows without tokens and reasons do not go together")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except _DAMAGED as error:
         log.warning("%s is damaged (%s); its lengths are computed again", path, error)
         return None
-    shapes_fit = all(column.shape == (num_rows,) for column in columns.values())
-    return (columns, reasons) if shapes_fit and set(np.flatnonzero(columns["tokens"] == 0)) == set(reasons) else None
+    return columns, reasons
+
+
+def _column(values: NDArray[np.generic], num_rows: int, dtype: str) -> NDArray[np.generic]:
+    if values.shape != (num_rows,) or values.dtype != np.dtype(dtype):
+        raise ValueError(f"expected {dtype} [{num_rows}], found {values.dtype} {list(values.shape)}")
+    return values
 
 
 def _store(places: Sequence[Path], shard: Shard, columns: Columns, reasons: Mapping[int, str]) -> None:

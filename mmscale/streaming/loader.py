@@ -166,7 +166,8 @@ class Stream:
         """
         state = state or StreamState(self.facts)
         num_seen, step = state.num_seen, None
-        planned, ahead = tee(self.plan.steps(state.plan, self.global_batch))
+        plan = self.plan.steps(state.plan, self.global_batch)
+        planned, ahead = tee(plan)
         packs = self._read(pack for s in ahead for pack in s.for_rank(self.dp_rank, self.dp_size) if pack)
         try:
             for step in planned:
@@ -177,6 +178,7 @@ class Stream:
             raise DataError(self._ended(state.plan.step if step is None else step.step + 1))
         finally:
             packs.close()
+            plan.close()
 
     def _ended(self, num_steps: int) -> str:
         caps = ", ".join(f"{s.name} ({s.max_epochs})" for s in self.plan_sources)

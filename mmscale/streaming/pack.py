@@ -52,8 +52,10 @@ def pack_documents(
 ) -> Packs:
     """Full packs: each sums to at most `capacity` tokens and `max_inputs` tower inputs, each document is in exactly one.
 
-    First-fit decreasing, a pack at a time: the longest document that still fits goes in next, equal ones in their order. With
-    a limit on inputs it is the one with the largest share of what is left of both.
+    A pack at a time. It begins with documents in the order given, so that what is packed together is mixed, as long as it has
+    room for more than the two longest that are left; then the longest that still fits goes in next, again and again, and
+    leaves the short ones for the gaps. With a limit on inputs it is all along the one with the largest share of what is left
+    of both.
 
     Args:
         lengths: [n] tokens per document, each in `[1, capacity]`.
@@ -100,6 +102,10 @@ class _Shelf:
             after[j] = j = after[further]  # a shorter way for the next search
         return j
 
+    def has_left(self, j: int) -> bool:
+        """Whether a document of length number `j` is left."""
+        return self.next[j] < self.end[j]
+
     def take(self, j: int) -> int:
         """The next document of length number `j`."""
         i = self.next[j]
@@ -111,11 +117,17 @@ class _Shelf:
 
 def _fill_packs(lengths: NDArray[Any], capacity: int) -> Packs:
     shelf = _Shelf(0, np.arange(len(lengths)), lengths)
-    find, take, negative, none = shelf.find, shelf.take, shelf.negative, len(shelf.negative)
+    find, take, left, negative, none = shelf.find, shelf.take, shelf.has_left, shelf.negative, len(shelf.negative)
+    # The length numbers of all documents in the order given: whoever comes next is of this length.
+    coming = iter(np.searchsorted(np.array(negative), -lengths.astype(np.int64)).tolist())
     documents: list[int] = []
     starts = [0]
     while len(documents) < len(lengths):
-        room = capacity
+        room, two_longest = capacity, -2 * negative[find(capacity)]
+        while room > two_longest and (j := next(coming, none)) != none:
+            if left(j):
+                documents.append(take(j))
+                room += negative[j]
         while (j := find(room)) != none:
             documents.append(take(j))
             room += negative[j]

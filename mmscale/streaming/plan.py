@@ -23,7 +23,7 @@ from mmscale.config.cost import document_costs, integer_coefficients
 from mmscale.config.schema import CostConfig, DataConfig
 from mmscale.errors import CheckpointError, RefusedInputError
 from mmscale.logging import get_logger
-from mmscale.streaming.draws import Carry, Drawn, Draws, Mixture, PlanSource
+from mmscale.streaming.draws import MAX_AGE, Carry, Drawn, Draws, Mixture, PlanSource
 from mmscale.streaming.pack import Ints, Packs, pack_documents
 from mmscale.streaming.permute import shuffled
 
@@ -44,9 +44,6 @@ BY_SIZE = (TOO_LONG, TOO_MANY_IMAGES)
 
 FULL_FILL = 0.98
 """Packs with at least this share of their tokens in use are emitted at once."""
-
-MAX_AGE = 4
-"""A document that was carried over so many windows is emitted, however empty its pack is."""
 
 MAX_WINDOW, MAX_CARRY = 3 << 14, 1 << 14
 """Draws of a window and documents carried out of it, at most: what a checkpoint says about them stays below 64 KB."""
@@ -213,8 +210,8 @@ class Plan:
     def __hash__(self) -> int:
         return hash(self.fingerprint)
 
-    def steps(self, state: PlanState, global_batch: int) -> Iterator[PlannedStep]:
-        """Steps of `global_batch` packs, beginning at `state`."""
+    def steps(self, state: PlanState, global_batch: int) -> Generator[PlannedStep, None, None]:
+        """Steps of `global_batch` packs, beginning at `state`; close the iterator to end its thread."""
         packs: list[Pack] = []
         dropped: list[Drop] = []
         step, after = state.step, state
@@ -228,7 +225,7 @@ class Plan:
             packs += [()] * (global_batch - len(packs))
             yield PlannedStep(tuple(packs), tuple(dropped), step, replace(after, step=step + 1))
 
-    def packs(self, state: PlanState) -> Iterator[tuple[Pack, tuple[Drop, ...], PlanState]]:
+    def packs(self, state: PlanState) -> Generator[tuple[Pack, tuple[Drop, ...], PlanState], None, None]:
         """Packs, beginning at `state`; with each the rows newly dropped and the place after it."""
         drops: tuple[Drop, ...] = ()
         for start, planned in _one_ahead(self._windows(state)):
@@ -279,7 +276,7 @@ class Plan:
         draws = self.mixture.draws(first, last, carry)
         unusable = draws[draws.tokens == 0]
         draws = draws[draws.tokens > 0]
-        # documents of equal length come in a random order, or they would go into packs source by source
+        # in a random order, or documents of one source, which are of like length, would fill packs of their own
         mixed = shuffled(len(draws), f"{self.rules.seed}/mixed/{window}")
         packs = pack_documents(
             draws.tokens[mixed], self.rules.seq_len, draws.vision[mixed], self.rules.max_images_per_pack

@@ -1,9 +1,11 @@
 """The rule by which a run goes on when its mixture was changed at a resume.
 
-* Documents that were drawn but not consumed stay, and are packed again with the next window's.
+* Documents that were drawn but not consumed stay, and are packed again, in a window of their own: however often a mixture is
+  changed, no more of them wait than one window holds.
 * Each source goes on at its next draw, in the epoch where it is; the new shares hold from there.
 * A new source begins with its epoch 0. One that was removed leaves, with its documents that were not consumed.
 * A source with another `max_samples` is another set of samples: its epoch ends unfinished, the next one begins.
+* A source that is past a lower `max_epochs` ends at once, in the middle of its epoch.
 * The data, text encoding and lengths of a source that stays must be those of the checkpoint.
 
 So within a source every sample still comes once per epoch.
@@ -67,7 +69,7 @@ def carry_on(plan: PlanState, account: Account, before: Sources, now: Sources) -
     _check_data(before, now)
     if {name: s.mixing for name, s in before.items()} == {name: s.mixing for name, s in now.items()}:
         return plan, account
-    same_rows = {name for name in now if name in before and now[name].max_samples == before[name].max_samples}
+    same_rows = {name for name in now if name in before and now[name].num_rows == before[name].num_rows}
     rest = Rest(plan.carry, plan.drawn) if plan.rest is None else plan.rest()
     _tell(before, now)
     _close(account, before, {name for name in before if name not in same_rows})
@@ -82,7 +84,7 @@ def carry_on(plan: PlanState, account: Account, before: Sources, now: Sources) -
     changed = PlanState(
         window=window,
         step=plan.step,
-        since=window,
+        since=window + 1,
         drawn=tuple((name, drawn.get(name, 0)) for name in now),
         carry=rest.carry.only(same_rows),
     )

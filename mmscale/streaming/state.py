@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -42,6 +45,14 @@ class StreamFacts:
         """Samples of one epoch of every source."""
         return sum(source.num_rows for source in self.sources.values())
 
+    def digests(self) -> dict[str, str]:
+        """All that decides the plan, by name: streams in which it is equal have equal packs."""
+        parts = dict(self.fingerprint)
+        for name, source in self.sources.items():
+            parts |= {f"{part} of '{name}'": digest for part, digest in source.digests.items()}
+            parts[f"mixing of '{name}'"] = str(source.mixing)
+        return parts
+
 
 @dataclass(frozen=True)
 class StreamState:
@@ -66,19 +77,22 @@ class StreamState:
         return self.num_seen / self.facts.num_rows
 
     def to_dict(self) -> dict[str, Any]:
-        """The state as JSON values, below 64 KB."""
+        """The state as JSON values, below 64 KB; equal for equal states, however they came about."""
         account: dict[str, dict[str, dict[str, int]]] = {}
-        for (source, epoch), counts in self.account.items():
-            account.setdefault(source, {})[str(epoch)] = dict(counts)
-        return {
-            "fingerprint": dict(self.facts.fingerprint),
+        for (source, epoch), counts in sorted(self.account.items()):
+            account.setdefault(source, {})[str(epoch)] = dict(sorted(counts.items()))
+        by_source = {
             "sources": {name: source.to_dict() for name, source in self.facts.sources.items()},
             "plan": self.plan.to_dict(),
             "account": account,
+            "bad_run": dict(sorted(self.bad_run.items())),
+        }
+        return {
+            "fingerprint": dict(self.facts.fingerprint),
             "num_seen": self.num_seen,
             "num_skipped": self.num_skipped,
             "num_bad": self.num_bad,
-            "bad_run": dict(self.bad_run),
+            "packed": pack_json(by_source),
         }
 
     @classmethod
@@ -92,19 +106,20 @@ class StreamState:
         """
         try:
             saved = {str(k): str(v) for k, v in data["fingerprint"].items()}
-            before = {str(name): SourceFacts.from_dict(source) for name, source in data["sources"].items()}
+            _check_fingerprint(saved, facts.fingerprint)  # first: another version's state has another form
+            num_seen, num_skipped, num_bad = (int(data[name]) for name in ("num_seen", "num_skipped", "num_bad"))
+            by_source = unpack_json(data["packed"])
+            before = {str(name): SourceFacts.from_dict(source) for name, source in by_source["sources"].items()}
             account: Account = {
                 (str(source), int(epoch)): {str(r): int(n) for r, n in counts.items()}
-                for source, epochs in data["account"].items()
+                for source, epochs in by_source["account"].items()
                 for epoch, counts in epochs.items()
             }
-            num_seen, num_skipped, num_bad = (int(data[name]) for name in ("num_seen", "num_skipped", "num_bad"))
-            bad_run = {str(name): int(n) for name, n in data["bad_run"].items()}
-            plan = PlanState.from_dict(data["plan"])
+            bad_run = {str(name): int(n) for name, n in by_source["bad_run"].items()}
+            plan = PlanState.from_dict(by_source["plan"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            text = f"data state: expected fingerprint, sources, plan and account, found {type(error).__name__}: {error}"
+            text = f"data state: expected fingerprint, counts and packed, found {type(error).__name__}: {error}"
             raise CheckpointError(f"{text}; resume from another checkpoint") from error
-        _check_fingerprint(saved, facts.fingerprint)
         plan, account = carry_on(plan, account, before, facts.sources)
         bad_run = {name: n for name, n in bad_run.items() if name in facts.sources}
         return cls(facts, plan, account, num_seen, num_skipped, num_bad, bad_run)
@@ -170,6 +185,24 @@ class StreamState:
         return runs
 
 
+def pack_json(value: object) -> str:
+    """JSON values as a short text: names that come again and again, as those of sources do, cost next to nothing.
+
+    Example:
+        >>> unpack_json(pack_json({"a": [1, 2]}))
+        {'a': [1, 2]}
+    """
+    return base64.b85encode(zlib.compress(json.dumps(value).encode(), 9)).decode()
+
+
+def unpack_json(text: str) -> Any:
+    """What `pack_json` was given. Raises ValueError when the text is something else."""
+    try:
+        return json.loads(zlib.decompress(base64.b85decode(text)))
+    except zlib.error as error:
+        raise ValueError(f"not packed JSON: {error}") from error
+
+
 def _judge(state: StreamState, account: Account) -> None:
     """Raises DataError when too many samples were bad; `account` tells the reasons."""
     if state.num_seen < JUDGED_FROM or state.num_bad <= state.facts.max_bad * state.num_seen:
@@ -188,7 +221,7 @@ def _judge(state: StreamState, account: Account) -> None:
 def _close_epochs(account: dict[tuple[str, int], dict[str, int]], facts: StreamFacts) -> Account:
     """The account without the epochs that are complete; each of them is checked and logged."""
     still_open = {}
-    for (source, epoch), counts in account.items():
+    for (source, epoch), counts in sorted(account.items()):
         drawn, rows = sum(counts.values()), facts.sources[source].num_rows
         if drawn > rows or min(counts.values()) < 0:
             text = f"source '{source}' epoch {epoch}: expected {rows} samples, each once, found {drawn} ({counts})"

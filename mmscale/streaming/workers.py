@@ -77,8 +77,7 @@ def read_packs(
         return
     # The tokenizer's threads do not survive a fork; without this the library says so once per worker.
     set_env_default("TOKENIZERS_PARALLELISM", "false")
-    failures: list[MmscaleError] = []
-    tasks = _tasks(packs, failures)
+    tasks = (_Task(number, pack) for number, pack in enumerate(packs))
     with _Pool(sources, num_workers, timeout_s) as pool:
         for task in islice(tasks, num_workers * prefetch):
             pool.give(task)
@@ -87,8 +86,6 @@ def read_packs(
             for task in islice(tasks, 1):
                 pool.give(task)
             yield result
-    for failure in failures:
-        raise failure
 
 
 @dataclass(frozen=True)
@@ -98,15 +95,6 @@ class _Task:
     number: int
     pack: Pack
     faults: Mapping[int, Fault] = field(default_factory=dict)
-
-
-def _tasks(packs: Iterator[Pack], failures: list[MmscaleError]) -> Iterator[_Task]:
-    """The packs as tasks. An error of the plan waits in `failures` until the packs before it are delivered."""
-    try:
-        for number, pack in enumerate(packs):
-            yield _Task(number, pack)
-    except MmscaleError as error:
-        failures.append(error)
 
 
 class _WorkerEnded(Exception):

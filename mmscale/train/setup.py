@@ -228,7 +228,27 @@ def _open_stream(
         turn=Turn(mesh.rank, mesh.world_size, together.still_working),
     )  # fmt: skip
     together.wait()
+    _check_same_data(mesh, stream.facts.digests())
     return stream
+
+
+def _check_same_data(mesh: Mesh, digests: Mapping[str, str]) -> None:
+    """Refuses ranks that see different data: each plans for itself, and they must come to the same plan.
+
+    Raises:
+        RefusedInputError: on all ranks, with what differs.
+    """
+    own = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+    if len(set(all_gather_objects(mesh, own))) == 1:
+        return
+    by_rank = all_gather_objects(mesh, dict(digests))
+    first = by_rank[0]
+    differing = sorted({part for found in by_rank for part in {*first, *found} if first.get(part) != found.get(part)})
+    ranks = ", ".join(str(rank) for rank, found in enumerate(by_rank) if found != first)
+    raise RefusedInputError(
+        f"data.sources: expected the same data on all ranks, found other {', '.join(differing)} on rank {ranks} than on rank 0; "
+        "give all nodes the same data.root and the same version of mmscale"
+    )
 
 
 class _Together:

@@ -8,14 +8,18 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch.distributed as dist
 
+from mmscale.config.schema import CostConfig, DataConfig, SourceConfig
 from mmscale.data_tools.writer import ShardWriter
+from mmscale.errors import RefusedInputError
 from mmscale.parallel.mesh import Mesh
 from mmscale.streaming import lengths as lengths_module
 from mmscale.streaming.chat import load_template
 from mmscale.streaming.encode import Encoder
 from mmscale.streaming.lengths import Turn, sample_lengths
+from mmscale.streaming.loader import Stream
 from mmscale.streaming.rows import encode_row
 from mmscale.streaming.shards import ShardSet
 from mmscale.streaming.tokenizer import TextTokenizer
@@ -69,3 +73,29 @@ def wait_for_a_slow_rank(mesh: Mesh, timeout_s: float, work_s: float) -> float:
 def test_ranks_wait_longer_than_a_collective_may_take(ranks) -> None:
     times = ranks(2).run(wait_for_a_slow_rank, 1.0, 2.5)
     assert all(2.4 < seconds < 10 for seconds in times)
+
+
+def open_own_folder(mesh: Mesh, folder: str, tokenizer_folder: str) -> str:
+    """What a rank says to the data of its own folder."""
+    sources = {"rows": SourceConfig(path=f"rows{mesh.rank}" if "differ" in folder else "rows0")}
+    data = DataConfig(root=folder, sources=sources, seq_len=100)
+    stream = Stream.open(
+        data, sources, TextTokenizer.load(tokenizer_folder), MediaSpecs(), cost=CostConfig(token=1, pair=0),
+        global_batch=2, dp_rank=mesh.rank, dp_size=mesh.world_size, workers=0,
+    )  # fmt: skip
+    try:
+        setup._check_same_data(mesh, stream.facts.digests())
+    except RefusedInputError as error:
+        return str(error)
+    return "same"
+
+
+@pytest.mark.parametrize("case", ["equal", "differ"])
+def test_ranks_that_see_other_data_are_refused_by_name(ranks, demo_data: Path, tmp_path: Path, case: str) -> None:
+    for rank in range(2):
+        with ShardWriter(tmp_path / case / f"rows{rank}") as writer:
+            for i in range(9 - rank):
+                writer.write(f"{i:03}", {"json": encode_row([ChatTurn("user", "q"), ChatTurn("assistant", "a")])})
+    said = ranks(2).run(open_own_folder, str(tmp_path / case), str(demo_data / "tokenizer"))
+    expected = {"equal": "same", "differ": "found other lengths of 'rows', shards of 'rows' on rank 1 than on rank 0"}
+    assert all(expected[case] in text for text in said)

@@ -115,6 +115,9 @@ def test_filler_is_named_and_not_counted():
     pack = collate([filler, good], SPECS, [Skip("bad", "decode_image", "cut off")])
     assert pack.tokens == {"text": 2} and pack.num_tokens == 6 and pack.num_targets == 1
     assert [s.id for s in pack.skipped] == ["bad"]
+    twice = EncodedSample("bad", torch.tensor([1, 2, 3, 4]), torch.ones(4, dtype=torch.bool))
+    again = collate([filler, good, twice], SPECS, pack.skipped)  # a tiny source, in its next epoch
+    assert again.tokens == {"text": 6}
 
 
 def test_one_token_and_no_target():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import io
 import json
@@ -684,3 +685,13 @@ def test_nothing_is_taken_twice(tmp_path: Path) -> None:
     with pytest.raises(RefusedInputError, match=r"nowhere: .*check --captions"):
         build(Kind.webdataset, Source((tar,), captions=(tmp_path / "nowhere",)), tmp_path / "out", BuildOptions())
     assert not (tmp_path / "out").exists()
+
+
+def test_damage_inside_a_compressed_tar_is_told_by_its_own_name(tmp_path: Path) -> None:
+    plain = write_tar(tmp_path / "a.tar", captioned("a", "b")).read_bytes()
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "b.tar.gz").write_bytes(gzip.compress(plain[: len(plain) // 2]))
+    write_tar(tmp_path / "src" / "c.tar", captioned("c"))
+    convert(Kind.webdataset, Source((tmp_path / "src",)), tmp_path / "out")
+    listed = json.loads((tmp_path / "out" / "skipped.jsonl").read_text())
+    assert listed["detail"].startswith(f"{tmp_path}/src/b.tar.gz: ") and ".tmp" not in listed["detail"]

@@ -555,6 +555,8 @@ def test_errors_are_one_line_with_the_exit_code(
         (2, "manifest.json", ["verify", media]),
         (2, "manifest.json", ["stats", media]),
         (2, "manifest.json", ["preview", media]),
+        (2, "one folder", ["preview", media, media]),
+        (2, "ends with .png", ["preview", media, "--out", tmp_path / "x.gif"]),
         (2, "", ["build", "--from", "nothing", rows, "--out", out]),
     ]
     for code, found, words in cases:

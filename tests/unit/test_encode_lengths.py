@@ -1,6 +1,8 @@
 """Documents have exactly the length that the plan computed from text and headers, and every fault has its reason."""
 
 import pickle
+import random
+import zipfile
 from dataclasses import replace
 from io import BytesIO
 
@@ -242,6 +244,48 @@ def test_lengths_are_stored_for_this_encoder_only(tmp_path, encoder, monkeypatch
     stored[0].write_bytes(stored[0].read_bytes()[:100])
     with pytest.raises(AssertionError, match="computed again"):
         sample_lengths(shards, encoder)
+
+
+def test_damaged_or_forged_lengths_are_computed_again(tmp_path, encoder, seed):
+    shards = write(tmp_path, GOOD)
+    right = sample_lengths(shards, encoder)
+    (stored,) = tmp_path.glob("*.lengths.*.npz")
+    whole, rng = stored.read_bytes(), random.Random(seed)
+    files = [b"", b"PK", npy(np.zeros(3))]
+    for _ in range(100):
+        at = rng.randrange(len(whole))
+        files += [whole[:at], whole[:at] + bytes([whole[at] ^ 1 << rng.randrange(8)]) + whole[at + 1 :]]
+    huge = npy(np.zeros(1, np.uint32)).replace(b"(1,), }" + b" " * 14, b"(1" + b"0" * 14 + b",), }")
+    rows = len(shards)
+    others = (
+        np.zeros(rows),
+        np.zeros(rows + 1, np.uint32),
+        np.zeros((rows, 1), np.uint32),
+        np.zeros(1 << 24, np.uint32),
+    )
+    for column in ("tokens", "bad_rows", "bad_reasons"):
+        files += [with_member(whole, column, content) for content in (huge, *map(npy, others))]
+    for data in files:
+        stored.write_bytes(data)
+        found = sample_lengths(shards, encoder)
+        assert (found.tokens == right.tokens).all() and found.reasons == right.reasons
+        assert (found.vision == right.vision).all() and (found.audio == right.audio).all()
+        assert len(stored.read_bytes()) == len(whole)  # written anew, or a flip where it says nothing
+
+
+def npy(array):
+    buffer = BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def with_member(data, name, content):
+    """A copy of an npz file in which one array is another file."""
+    buffer = BytesIO()
+    with zipfile.ZipFile(BytesIO(data)) as old, zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as new:
+        for member in old.namelist():
+            new.writestr(member, content if member == f"{name}.npy" else old.read(member))
+    return buffer.getvalue()
 
 
 def test_lengths_are_computed_again_for_other_text_of_equal_size(tmp_path, encoder):

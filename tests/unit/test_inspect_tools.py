@@ -300,7 +300,7 @@ LOW_FILL = {
     "documents over half a pack": ({"a": [700] * 500}, {}, "takes more than half"),
     "a cap on images": ({"a": [100] * 500}, {"max_images_per_pack": 4}, "max_images_per_pack"),
     "a tiny source": (
-        {"a": np.random.default_rng(0).integers(40, 600, 20)},
+        {"a": np.random.default_rng(0).integers(40, 500, 40)},
         {"plan_group": 1},
         "raise data.plan_group",
     ),
@@ -562,7 +562,9 @@ def test_the_pack_that_is_shown_is_the_pack_that_is_trained(
         assert (tmp_path / name).stat().st_size > 5000
     assert run(monkeypatch, "preview", RECIPE, *overrides, "--out", tmp_path / "p.gif") == 2
     assert run(monkeypatch, "preview", RECIPE, *overrides, "--pack", "-1", "--out", tmp_path / "p.png") == 2
-    assert "Traceback" not in capsys.readouterr().err
+    assert run(monkeypatch, "preview", RECIPE, *overrides, "--pack", 10**9, "--out", tmp_path / "p.png") == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error and "the run has" in error
 
 
 def test_samples_are_shown_with_pictures_tokens_and_first_frames(demo_data: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import sys
+import threading
 from collections import Counter
 from dataclasses import fields, replace
 from fractions import Fraction
@@ -24,6 +25,7 @@ from mmscale.data_tools.writer import ShardWriter
 from mmscale.errors import CheckpointError, ConfigError, DataError, MissingExtraError, RefusedInputError
 from mmscale.streaming.encode import Encoder
 from mmscale.streaming.loader import Stream, StreamState
+from mmscale.streaming.plan import Plan
 from mmscale.streaming.rows import encode_row
 from mmscale.streaming.tokenizer import TextTokenizer
 from mmscale.types import AudioSpec, ImageSpec, MediaSpecs, PackedBatch, Turn
@@ -99,6 +101,21 @@ def same(a, b):
         tensors = list(a.tensors()), list(b.tensors())
         return all(getattr(a, n) == getattr(b, n) for n in plain) and all(map(torch.equal, *tensors))
     return len(a) == len(b) and all(map(same, a, b))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_while_planning_reaches_the_trainer_and_ends_the_thread(root, tokenizer, workers, monkeypatch):
+    plan_window = Plan._plan_window
+
+    def fail_in_window_3(self, window, *place):
+        if window == 3:
+            raise DataError("no window 3")
+        return plan_window(self, window, *place)
+
+    monkeypatch.setattr(Plan, "_plan_window", fail_in_window_3)
+    with pytest.raises(DataError, match="no window 3"):
+        take(open_stream(root, tokenizer, workers=workers, seed=77), 100)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("plan")]
 
 
 def test_workers_change_nothing(root, tokenizer):
@@ -266,7 +283,7 @@ def test_other_data_or_packing_is_refused_at_resume(root, tokenizer):
     other_cost = replace(open_stream(root, tokenizer), facts=_facts_with(root, tokenizer, cost="token=2"))
     with pytest.raises(CheckpointError, match=r"cost \(.*token=1 .* then, token=2 now"):
         other_cost.restore(state)
-    with pytest.raises(CheckpointError, match="sources"):
+    with pytest.raises(CheckpointError, match=r"planner \(none then"):
         open_stream(root, tokenizer).restore({"fingerprint": {}})
     restored = open_stream(root, tokenizer, global_batch=8, workers=1, max_bad=0.3).restore(state)
     assert isinstance(restored, StreamState)

@@ -92,13 +92,16 @@ def test_a_shuffle_is_a_permutation_that_its_seed_decides(tmp_path: Path, data: 
 
 
 def test_equal_keys_need_new_ones(tmp_path: Path, data: Path) -> None:
+    other = shutil.copytree(data, tmp_path / "other")
     with pytest.raises(DataError, match="--rename"):
-        reshard([data, data], tmp_path / "out", BuildOptions())
-    report = reshard([data, data], tmp_path / "new", BuildOptions(), rename=True)
+        reshard([data, other], tmp_path / "out", BuildOptions())
+    report = reshard([data, other], tmp_path / "new", BuildOptions(), rename=True)
     assert report.samples == 20
     assert list(content(tmp_path / "new"))[-1] == "000000019"
     with pytest.raises(RefusedInputError, match="lies inside"):
         reshard([data], data / "out", BuildOptions())
+    with pytest.raises(RefusedInputError, match="given twice"):
+        reshard([data, data], tmp_path / "twice", BuildOptions(), rename=True)
 
 
 def test_what_was_refused_is_counted_on(tmp_path: Path, data: Path) -> None:

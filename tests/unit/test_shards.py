@@ -419,6 +419,19 @@ def test_a_shard_that_changes_after_opening_stops_with_shard_and_offset(
     assert data.read(0).turns
 
 
+def test_a_shard_of_the_same_size_put_in_its_place_is_noticed(tmp_path: Path) -> None:
+    folder = write(tmp_path / "d", 8)
+    data = ShardSet.open(folder, "src")
+    path = folder / "000001.tar"
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"answer 5", b"ANSWER 5"))
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(DataError, match=r"000001\.tar: changed since it was opened first \(its sha256 differs\)"):
+        pickle.loads(pickle.dumps(data)).read(5)  # as a loader process opens it
+    path.write_bytes(whole)  # copied back: another time, the same bytes
+    assert pickle.loads(pickle.dumps(data)).read(5).turns == ShardSet.open(folder, "src").read(5).turns
+
+
 def test_an_unreadable_shard_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(source_module, "RETRY_DELAYS_S", (0.0, 0.0))
     data = ShardSet.open(write(tmp_path / "d", 8), "src")

@@ -4,6 +4,7 @@ import json
 import logging
 import random
 from collections import Counter
+from contextlib import closing
 from dataclasses import replace
 from fractions import Fraction
 
@@ -15,7 +16,7 @@ from mmscale.errors import CheckpointError, DataError
 from mmscale.streaming.draws import PlanSource
 from mmscale.streaming.plan import MAX_WINDOW, TOO_LONG, Draw, Drop, Plan, PlannedStep, PlanRules, PlanState
 from mmscale.streaming.remix import SourceFacts
-from mmscale.streaming.state import JUDGED_FROM, StreamFacts, StreamState
+from mmscale.streaming.state import JUDGED_FROM, StreamFacts, StreamState, pack_json, unpack_json
 from mmscale.types import Skip
 
 
@@ -160,7 +161,7 @@ def test_a_changed_mixture_keeps_every_sample_once_per_epoch(seed):
             assert max(seen.values()) == 1, [key for key, n in seen.items() if n > 1]
             before = {s.name: s for s in sources}
         # 'a' was there all the time: its epochs are complete up to the first that is open
-        first_open = min((int(e) for e in state["account"].get("a", {})), default=0)
+        first_open = min((int(e) for e in unpack_json(state["packed"])["account"].get("a", {})), default=0)
         counts = Counter(epoch for name, epoch, _ in seen if name == "a")
         assert all(counts[epoch] == SIZES["a"] for epoch in range(first_open))
 
@@ -196,7 +197,8 @@ def test_an_unchanged_mixture_goes_on_exactly_and_a_removed_source_leaves(caplog
         state, rest = run(both[:1], state, 10)
     assert {name for name, _, _ in rest} == {"a"}
     assert "'b' was removed" in caplog.text and "of 'b' ends unfinished" in caplog.text
-    assert set(state["account"]) | set(state["plan"]["carry"]["runs"]) <= {"a"}
+    stored = unpack_json(state["packed"])
+    assert set(stored["account"]) | set(stored["plan"]["carry"]["runs"]) <= {"a"}
     seen = Counter(key for key in [*first, *rest] if key[0] == "a")
     assert max(seen.values()) == 1
     assert sum(n for (_, e, _), n in seen.items() if e == 0) == 150  # what was carried came too
@@ -208,39 +210,52 @@ def test_other_data_under_the_same_name_is_refused():
         run([plan_source("a", 151)], state, 1)
 
 
-def test_the_largest_state_is_below_64_kb(seed):
+@pytest.mark.parametrize("num_sources", [50, 300])
+def test_the_largest_state_is_below_64_kb(num_sources, seed):
     rng = np.random.default_rng(seed)
-    names = [f"a rather long name of a source {i}" for i in range(50)]
     sources = []
-    for name in names:
-        tokens = rng.integers(20, 40, 60_000).astype(np.uint32)
-        none = np.zeros(60_000, np.uint16)
-        sources.append(PlanSource(name, tokens, none, none, {}, Fraction(1)))
+    for i in range(num_sources):
+        tokens = rng.integers(20, 40, 20_000).astype(np.uint32)
+        none = np.zeros(20_000, np.uint16)
+        sources.append(
+            PlanSource(f"a rather long name of a source {i}", tokens, none, none, {}, Fraction(i % 7 + 1, 7))
+        )
     # packs of 1,100 documents: groups that no window holds, so that as much as possible is carried
     rules = PlanRules(32_768, 256, None, 0, 64, None, CostConfig(token=1, pair=1e-4))
-    plan = Plan(sources, rules)
-    facts = facts_of(sources)
-    assert plan.window == MAX_WINDOW
-    largest = carried = 0
-    state = StreamState(facts)
-    for number, (_, _, place) in enumerate(plan.packs(PlanState())):
-        if place.window == 2:
-            break
-        if number % 10 == 0:
-            account = {(name, e): {"delivered": 10**6, "decode_image": 99} for name in names for e in (0, 1)}
-            data = replace(state, plan=place, account=account).to_dict()
-            largest = max(largest, len(json.dumps(data)))
-            carried = max(carried, len(place.carry))
-    print(f"{largest} bytes, {carried} documents carried")
-    assert carried > 15_000
-    assert largest < 65_536
-    # and after a change of the mixture in the middle of a window, when all that was not consumed is carried
-    changed = [replace(s, share=Fraction(2 if i else 1)) for i, s in enumerate(sources)]
-    now = StreamState.from_dict(json.loads(json.dumps(data)), facts_of(changed))
-    for number, (_, _, place) in enumerate(Plan(changed, rules).packs(now.plan)):
-        if number % 10 == 0:
-            largest = max(largest, len(json.dumps(replace(now, plan=place).to_dict())))
-        if number == 60:
-            break
-    print(f"{largest} bytes after a change")
-    assert largest < 65_536
+    account = {(s.name, e): {"delivered": 10**6 + e, "decode_image": 99} for s in sources for e in (0, 1)}
+    assert Plan(sources, rules).window == MAX_WINDOW
+    state = StreamState(facts_of(sources), account=account)
+    sizes, carried = [], []
+    for change in range(4):  # each at the second pack of a window, when nearly all of it is left
+        last_window = state.plan.window + (1 if change else 2)
+        with closing(Plan(sources, rules).packs(state.plan)) as places:
+            for number, (_, _, place) in enumerate(places):
+                is_last = (place.window, place.pack) >= (last_window, 2)
+                if number % 10 == 0 or is_last:
+                    data = json.dumps(replace(state, plan=place).to_dict())
+                    sizes.append(len(data))
+                    carried.append(len(place.carry))
+                if is_last:
+                    break
+        sources = [replace(s, share=s.share * (1 + (i + change) % 3)) for i, s in enumerate(sources)]
+        state = replace(StreamState.from_dict(json.loads(data), facts_of(sources)), account=account)
+    print(f"{max(sizes)} bytes, {max(carried)} documents carried")
+    assert max(carried) > 50_000
+    assert max(sizes) < 65_536
+
+
+def test_a_state_of_another_form_is_refused():
+    state = after(StreamState(facts()), step([0])).to_dict()
+    other = {**state, "fingerprint": {"packing": "y"}, "packed": None}
+    with pytest.raises(CheckpointError, match=r"another packing \(y then, x now\)"):  # not what the form lacks
+        StreamState.from_dict(other, facts())
+    for broken in ("", "00", "0" * 20, pack_json([]), pack_json({"sources": {}}), 3, None):
+        with pytest.raises(CheckpointError, match="packed"):
+            StreamState.from_dict({**state, "packed": broken}, facts())
+
+
+def test_a_cap_of_all_rows_is_no_other_set_of_samples():
+    state, first = run([plan_source("a", 150)], None, 2)
+    _, second = run([plan_source("a", 150, max_samples=1000)], state, 10)
+    assert max(Counter([*first, *second]).values()) == 1
+    assert sum(epoch == 0 for _, epoch, _ in [*first, *second]) == 150  # its epoch went on

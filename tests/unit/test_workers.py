@@ -17,7 +17,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from mmscale.data_tools.writer import ShardWriter
-from mmscale.errors import ConfigError, DataError
+from mmscale.errors import DataError
 from mmscale.streaming import workers
 from mmscale.streaming.chat import load_template
 from mmscale.streaming.encode import Encoder
@@ -335,19 +335,6 @@ def test_nothing_is_left_of_many_short_readers(shards, tokenizer, planned):
         read(one, packs, num_workers=2)
     gc.collect()
     assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_an_error_of_the_plan_waits_for_the_packs_before_it(shards, tokenizer, planned, num_workers):
-    def packs():
-        yield from in_packs(planned[:9])
-        raise ConfigError("all sources have ended")
-
-    found = []
-    with pytest.raises(ConfigError, match="all sources have ended"):
-        for pack in read_packs([source(shards, tokenizer)], packs(), num_workers, 5, 30.0):
-            found.append(pack)
-    assert len(found) == 3
 
 
 def test_a_bug_outside_of_the_samples_ends_the_run(shards, tokenizer, planned, monkeypatch):

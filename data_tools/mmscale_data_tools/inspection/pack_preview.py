@@ -45,6 +45,11 @@ def read_pack(opened: RunStream, number: int) -> PackView:
     if number < 0:
         raise RefusedInputError(f"--pack is {number}, expected a number from 0 on; give the number of a pack")
     stream, batch = opened.stream, opened.config.train.global_batch
+    if number >= opened.config.train.steps * batch:
+        raise RefusedInputError(
+            f"--pack is {number}, and the run has {opened.config.train.steps * batch} packs (train.steps={opened.config.train.steps} "
+            f"x train.global_batch={batch}); give a smaller number"
+        )
     packs = (pack for pack, _, _ in stream.plan.packs(PlanState()))
     pack = next(islice(packs, number, None), None)
     if pack is None:

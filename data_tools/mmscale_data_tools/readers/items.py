@@ -62,10 +62,12 @@ def encode_json(value: Mapping[str, Any]) -> bytes:
 
 def refuse_twice(paths: Sequence[Path]) -> None:
     """Refuses a place that is given twice: its samples would come twice. Raises RefusedInputError."""
-    real = [path.resolve() for path in paths]
-    twice = [path for i, path in enumerate(paths) if real[i] in real[:i]]
-    if twice:
-        raise RefusedInputError(f"{twice[0]}: given twice, so its samples would come twice; give it once")
+    seen: set[Path] = set()
+    for path in paths:
+        real = path.resolve()
+        if real in seen:
+            raise RefusedInputError(f"{path}: given twice, so its samples would come twice; give it once")
+        seen.add(real)
 
 
 def extension(name: str) -> str:

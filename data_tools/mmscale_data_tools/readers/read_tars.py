@@ -99,12 +99,14 @@ def tar_items(tar: _Tar, source: Source, raw: bool = False) -> Iterator[Item]:
         RefusedInputError: it has another number of samples than was told.
         DataError: it changed while its samples were read.
     """
+    plain = tar.path
     with ExitStack() as stack:
         try:
             plain = stack.enter_context(plain_tar(tar.path, source.scratch))
             index = build_index(plain)
         except DataError as e:
-            yield Item({"file": tar.name}, skip=BadSampleError("damaged_shard", str(e)))
+            found = str(e).replace(str(plain), str(tar.path))  # not the temporary file
+            yield Item({"file": tar.name}, skip=BadSampleError("damaged_shard", found))
             return
         _check_count(tar, len(index) + sum(index.skipped.values()))
         recaption = _recaption(tar, plain, source.captions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,12 +18,15 @@ _GAP_BYTES = 1 << 10
 
 
 class LocalFile:
-    """A local file as a source. Opened at the first read; another size than expected is an error then."""
+    """A local file as a source. Opened at the first read; other content than expected is an error then."""
 
-    def __init__(self, path: Path, expected_size: int) -> None:
+    def __init__(self, path: Path, expected_size: int, sha256: str = "") -> None:
+        """`sha256`: of a file that was written after `size` was asked for is looked at before it is read; empty = unknown."""
         self._fd: int | None = None
         self.path = path
         self._expected_size = expected_size
+        self._sha256 = sha256
+        self._modified_ns: int | None = None
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_fd": None}
@@ -33,9 +37,11 @@ class LocalFile:
     def size(self) -> int:
         """Bytes of the file as it is now. Raises DataError when it cannot be looked at."""
         try:
-            return self.path.stat().st_size
+            stat = self.path.stat()
         except OSError as e:
             raise DataError(f"{self.path}: {e.strerror}; {self._remedy}") from None
+        self._modified_ns = stat.st_mtime_ns
+        return stat.st_size
 
     def read(self, offset: int, size: int) -> bytes:
         """Exactly `size` bytes from `offset` on. Raises DataError: unreadable, of another size, or cut off."""
@@ -63,10 +69,19 @@ class LocalFile:
 
     def _open(self) -> int:
         fd = self._fd = retry(lambda: os.open(self.path, os.O_RDONLY), str(self.path))
-        found = os.fstat(fd).st_size
-        if found != self._expected_size:
+        stat = os.fstat(fd)
+        if stat.st_size != self._expected_size:
             self.close()
-            raise DataError(f"{self.path}: {found} bytes, {self._expected_size} when it was indexed; {self._remedy}")
+            raise DataError(
+                f"{self.path}: {stat.st_size} bytes, {self._expected_size} when it was indexed; {self._remedy}"
+            )
+        if self._sha256 and self._modified_ns not in (None, stat.st_mtime_ns):
+            with open(fd, "rb", closefd=False) as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != self._sha256:
+                self.close()
+                raise DataError(f"{self.path}: changed since it was opened first (its sha256 differs); {self._remedy}")
+            self._modified_ns = stat.st_mtime_ns
         return fd
 
     @property
