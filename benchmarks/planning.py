@@ -106,7 +106,7 @@ def main(folder: Path, started: float) -> None:
     sizes = {"global_batch": 64, "dp_rank": 0, "dp_size": 1, "workers": 0}
     cost = CostConfig(token=1.0, pair=1e-5, vision_input=50.0)
     stream = Stream.open(data, data.sources, tokenizer, SPECS, cost=cost, **sizes)
-    assert sum(source.num_rows for source in stream.plan_sources) == NUM_SHARDS * ROWS, "every row is there"
+    assert sum(source.num_rows for source in stream.plan.sources) == NUM_SHARDS * ROWS, "every row is there"
     opened = time.time()
     step = next(stream.plan.steps(PlanState(), 64))
     assert len(step.packs) == 64, "a whole step is planned"

@@ -44,7 +44,7 @@ class Undecoded(Encoder):
 def loader_cpu_ms(settings: Settings) -> Result:
     """CPU time per sample of the whole loader (plan, read, parse, collate, two processes and the way back), no decoding."""
     write_photos(settings.folder / "photos", 3000, seed=6)
-    # 24 documents of 576 image tokens and some text to a pack
+    # 26 documents of 576 image tokens and some text to a pack
     stream = _without_decoding(_open_photos(settings.folder, ImageSpec(size=336, tokens=576), seq_len=16_384))
     urls = _urls(settings.folder / "photos")
     ours, theirs = _race_loaders(stream, lambda epochs: _read_webdataset(urls, epochs, _parse), rounds=3)
@@ -132,7 +132,7 @@ def _open_photos(folder: Path, spec: ImageSpec, seq_len: int) -> Stream:
 
 
 def _without_decoding(stream: Stream) -> Stream:
-    (source,), (plan,) = stream.sources, stream.plan_sources
+    (source,), (plan,) = stream.sources, stream.plan.sources
     planned = {source.shards.id(row): int(tokens) for row, tokens in enumerate(plan.tokens)}
     return replace(stream, sources=(replace(source, encoder=Undecoded(**vars(source.encoder), planned=planned)),))
 

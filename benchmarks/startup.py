@@ -18,7 +18,7 @@ from benchmarks.data import lognormal, write_conversations, write_tokenizer
 from benchmarks.result import Result, Settings
 from mmscale.config.schema import CostConfig, DataConfig, SourceConfig
 from mmscale.streaming.loader import Stream, StreamState
-from mmscale.streaming.plan import PlanState
+from mmscale.streaming.plan import PlanState, _planned
 from mmscale.streaming.tokenizer import TextTokenizer
 from mmscale.types import MediaSpecs
 
@@ -57,6 +57,7 @@ def resume_first_batch_s(settings: Settings) -> Result:
         saved = _state_after(open_stream(settings.folder, tokenizer), num_packs)
         times = []
         for _ in range(5):
+            _planned.cache_clear()  # a new process has planned nothing yet
             started = time.perf_counter()
             stream = open_stream(settings.folder, tokenizer)
             batches = stream.steps(stream.restore(json.loads(saved)))

@@ -227,7 +227,10 @@ def encode_numbers(runs: Sequence[Ints]) -> str:
     groups = steps[:, None] >> 7 * place & 0x7F
     last = np.max(np.where(groups != 0, place, 0), axis=1)[:, None]  # of the bytes of a number that say something
     data = (groups | np.where(place < last, 0x80, 0))[place <= last].astype(np.uint8).tobytes()
-    return min((base64.b85encode(pack(data)).decode() for pack in (_repeats, _entropy)), key=len)
+    packer = zlib.compressobj(
+        9, strategy=zlib.Z_HUFFMAN_ONLY
+    )  # they are noise, in which a search for repeats only costs
+    return base64.b85encode(packer.compress(data) + packer.flush()).decode()
 
 
 def decode_numbers(text: str, counts: Sequence[int]) -> list[Ints]:
@@ -245,12 +248,3 @@ def decode_numbers(text: str, counts: Sequence[int]) -> list[Ints]:
     place = np.arange(len(data)) - np.repeat(starts, np.diff(starts, append=len(data)))
     steps = np.add.reduceat((data & 0x7F).astype(np.int64) << 7 * place, starts)
     return [np.cumsum(run) for run in np.split(steps, np.cumsum(counts)[:-1])]
-
-
-def _repeats(data: bytes) -> bytes:
-    return zlib.compress(data, 9)
-
-
-def _entropy(data: bytes) -> bytes:
-    packer = zlib.compressobj(9, strategy=zlib.Z_HUFFMAN_ONLY)
-    return packer.compress(data) + packer.flush()

@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import tee
 from typing import Any
 
@@ -86,14 +85,13 @@ class StepBatch:
 class Stream:
     """The data of a run on one data-parallel rank. Open one with `Stream.open`.
 
-    `plan_sources[i]` is what the plan knows of `sources[i]`, the leaves of the mixture by name.
+    `plan.sources[i]` is what the plan knows of `sources[i]`, the leaves of the mixture by name.
     """
 
     facts: StreamFacts
     data: DataConfig
-    rules: PlanRules
+    plan: Plan
     sources: tuple[Source, ...]
-    plan_sources: tuple[PlanSource, ...]
     global_batch: int
     dp_rank: int
     dp_size: int
@@ -144,14 +142,9 @@ class Stream:
         planned = [_plan_source(source, leaves[source.name], data, turn) for source in opened]
         shares = mixture_shares(sources, {p.name: p.num_rows for p in planned})
         planned = [replace(p, share=shares[p.name]) for p in planned]
-        rules = PlanRules.of(data, cost)
-        facts = _facts(data, rules, opened, planned)
-        return cls(facts, data, rules, opened, tuple(planned), global_batch, dp_rank, dp_size, workers)
-
-    @cached_property
-    def plan(self) -> Plan:
-        """The plan of the training steps. Raises RefusedInputError when a source has no usable row."""
-        return Plan(self.plan_sources, self.rules)
+        plan = Plan(planned, PlanRules.of(data, cost))
+        facts = _facts(data, plan, opened)
+        return cls(facts, data, plan, opened, global_batch, dp_rank, dp_size, workers)
 
     def restore(self, data: Mapping[str, Any]) -> StreamState:
         """The state that `StreamState.to_dict` gave. Raises CheckpointError naming what differs in the data."""
@@ -181,7 +174,7 @@ class Stream:
             plan.close()
 
     def _ended(self, num_steps: int) -> str:
-        caps = ", ".join(f"{s.name} ({s.max_epochs})" for s in self.plan_sources)
+        caps = ", ".join(f"{s.name} ({s.max_epochs})" for s in self.plan.sources)
         text = f"data.sources: expected data for train.steps, found that every source ends with step {num_steps}"
         return f"{text} by its max_epochs: {caps}; raise max_epochs of a source, or set train.steps={num_steps}"
 
@@ -194,7 +187,7 @@ class Stream:
         Args:
             max_packs: packs over all ranks; None = all.
         """
-        packs, dropped = plan_pass(self.plan_sources, self.rules)
+        packs, dropped = plan_pass(self.plan.sources, self.plan.rules)
         if dropped:
             log.info("one pass leaves out %d unusable samples", len(dropped))
         packs = packs[:max_packs]
@@ -263,7 +256,8 @@ def _plan_source(source: Source, config: SourceConfig, data: DataConfig, turn: T
     )  # fmt: skip
 
 
-def _facts(data: DataConfig, rules: PlanRules, sources: Sequence[Source], planned: Sequence[PlanSource]) -> StreamFacts:
+def _facts(data: DataConfig, plan: Plan, sources: Sequence[Source]) -> StreamFacts:
+    rules = plan.rules
     packing = {name: getattr(rules, name) for name in ("seq_len", "plan_group", "window", "seed", "shuffle_block")}
     packing["max_images_per_pack"] = rules.max_images_per_pack
     fingerprint = {
@@ -271,7 +265,7 @@ def _facts(data: DataConfig, rules: PlanRules, sources: Sequence[Source], planne
         "cost": " ".join(f"{name}={value:.12g}" for name, value in rules.cost.model_dump().items()),
         "planner": str(PLAN_VERSION),
     }
-    facts = {s.name: _source_facts(s, p) for s, p in zip(sources, planned, strict=True)}
+    facts = {s.name: _source_facts(s, p) for s, p in zip(sources, plan.sources, strict=True)}
     return StreamFacts(fingerprint, facts, data.max_bad, data.max_bad_in_a_row)
 
 

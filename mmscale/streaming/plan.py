@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -259,7 +260,7 @@ class Plan:
         packs_per_draw = Fraction(0)  # exact, so that every machine finds the same window
         for source in self.sources:
             if not source.used_tokens(rules.shuffle_block, rules.seed).any():
-                raise RefusedInputError(f"source '{source.name}': {_why_nothing_is_usable(source, rules.seq_len)}")
+                raise RefusedInputError(f"source '{source.name}': {_why_nothing_is_usable(source, rules)}")
             assert source.tokens.max() <= rules.seq_len, "the lengths already follow data.on_long"
             need = Fraction(int(source.tokens.sum(dtype=np.uint64)), rules.seq_len)
             if rules.max_images_per_pack is not None:
@@ -387,8 +388,15 @@ def pack_features(pack: Pack, sources: Sequence[PlanSource]) -> tuple[int, int, 
     return 1, sum(d.tokens for d in pack), sum(d.tokens * d.tokens for d in pack), vision, audio
 
 
-def _why_nothing_is_usable(source: PlanSource, seq_len: int) -> str:
-    reasons = list(source.reasons.values())
-    counts = ", ".join(f"{r} {reasons.count(r)}" for r in sorted(set(reasons))) or "none"
-    text = f"expected at least one usable sample, found {source.num_rows} rows, all unusable (by reason: {counts})"
-    return f"{text}; with data.seq_len={seq_len} samples that are longer need a larger data.seq_len"
+def _why_nothing_is_usable(source: PlanSource, rules: PlanRules) -> str:
+    counts = Counter(source.reasons.values())
+    remedies = {
+        TOO_LONG: f"raise data.seq_len={rules.seq_len}",
+        TOO_MANY_IMAGES: f"raise data.max_images_per_pack={rules.max_images_per_pack}",
+    }
+    by_reason = ", ".join(f"{reason} {n}" for reason, n in sorted(counts.items()))
+    found = f"found {len(source.tokens)} rows, all unusable (by reason: {by_reason})"
+    if source.num_rows < len(source.tokens):
+        found = f"found none among the {source.num_rows} of max_samples (unusable in all, by reason: {by_reason})"
+    remedy = " or ".join(remedies[reason] for reason in BY_SIZE if reason in counts)
+    return f"expected at least one usable sample, {found}; {remedy or 'look at the data'}, or remove the source"

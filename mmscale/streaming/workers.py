@@ -6,17 +6,10 @@ filler like any other that fails. What ends the run is sent as a value and raise
 
 from __future__ import annotations
 
-import ctypes
-import faulthandler
-import gc
 import mmap
-import multiprocessing
 import os
 import select
-import signal
 import socket
-import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -24,14 +17,13 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import NoReturn
 
-import torch
-
 from mmscale.config.env import set_env_default
 from mmscale.errors import ConfigError, DataError, MmscaleError
 from mmscale.logging import get_logger
 from mmscale.streaming import transport
 from mmscale.streaming.make_pack import Fault, Source, make_pack
 from mmscale.streaming.plan import Pack
+from mmscale.streaming.process import LoaderProcess
 from mmscale.types import PackedBatch
 
 __all__ = ["Source", "read_packs"]
@@ -46,14 +38,6 @@ MAX_RESTARTS_PER_1000 = 20
 
 _LOOK_S = 0.25
 """While it waits, the trainer looks so often how its workers are."""
-
-_LOOK_UP_S = 2.0
-"""A worker looks so often whether its trainer still lives."""
-
-_END_S = 10.0
-"""Seconds after which a killed process that does not go (it may hang in a file system) is left to itself."""
-
-_PR_SET_PDEATHSIG = 1
 
 
 def read_packs(
@@ -107,7 +91,7 @@ class _WorkerEnded(Exception):
 
 
 class _Worker:
-    """A process with its place in the pool, the tasks that it owes, oldest first, and the trainer's end of the socket."""
+    """A process with its place in the pool, and the tasks that it owes, oldest first."""
 
     def __init__(self, sources: Sequence[Source], timeout_s: float) -> None:
         self._sources = sources
@@ -120,13 +104,8 @@ class _Worker:
         """Starts a process, which begins with the oldest task owed."""
         self._at = memoryview(mmap.mmap(-1, 8)).cast("q")  # shared with the process: the document that it is at
         self._at[0] = -1
-        self._channel, others = socket.socketpair()
         self._unsent = bytearray().join(transport.message(task) for task in self.owed)
-        by_main = threading.current_thread() is threading.main_thread()
-        arguments = (self._sources, others, self._at, by_main, self._channel)
-        self._process = multiprocessing.get_context("fork").Process(target=_work, args=arguments, daemon=True)
-        self._process.start()
-        others.close()
+        self._process = LoaderProcess(_work, self._sources, self._at)
 
     def give(self, task: _Task) -> None:
         """Adds a task; never waits."""
@@ -141,11 +120,11 @@ class _Worker:
             began = time.monotonic()
             try:
                 if self._has_news():
-                    result = transport.receive(self._channel)
+                    result = transport.receive(self._process.channel)
                     break
             except EOFError:
                 self._died()
-            if not self._process.is_alive():
+            if not self._process.is_alive:
                 self._died()
             if at != self._at[0]:
                 at, waited_s = self._at[0], 0.0
@@ -160,11 +139,7 @@ class _Worker:
 
     def end(self) -> str:
         """Kills the process if it still lives; gives how it ended."""
-        self._process.kill()
-        self._process.join(_END_S)
-        self._channel.close()
-        code = self._process.exitcode
-        return signal.Signals(-code).name if code and code < 0 else f"exit code {code}"
+        return self._process.end()
 
     def _died(self) -> NoReturn:
         ended = self.end()
@@ -174,7 +149,7 @@ class _Worker:
         """Sends what the socket takes of the tasks: a trainer that waited here could wait for one who waits for it."""
         try:
             while self._unsent:
-                del self._unsent[: self._channel.send(self._unsent, socket.MSG_DONTWAIT)]
+                del self._unsent[: self._process.channel.send(self._unsent, socket.MSG_DONTWAIT)]
         except (BlockingIOError, BrokenPipeError, ConnectionResetError):
             pass  # full, or gone, which is noticed where its result is awaited
 
@@ -182,7 +157,7 @@ class _Worker:
         """Whether something came within `_LOOK_S`, the end of the process included."""
         self._push()
         poll = select.poll()
-        poll.register(self._channel, select.POLLIN | (select.POLLOUT if self._unsent else 0))
+        poll.register(self._process.channel, select.POLLIN | (select.POLLOUT if self._unsent else 0))
         return any(events & ~select.POLLOUT for _, events in poll.poll(_LOOK_S * 1000))
 
 
@@ -256,12 +231,8 @@ def _too_many(ends: Sequence[str]) -> str:
     return f"expected {most}, {found}; {remedy}"
 
 
-def _work(
-    sources: Sequence[Source], channel: socket.socket, at: memoryview, by_main: bool, trainers: socket.socket
-) -> None:
+def _work(channel: socket.socket, sources: Sequence[Source], at: memoryview) -> None:
     """A worker's life: tasks in, results out, until the trainer closes its end."""
-    trainers.close()
-    settle_in(by_main)
 
     def start(document: int) -> None:
         at[0] = document
@@ -286,29 +257,3 @@ def _result(sources: Sequence[Source], task: _Task, start: Callable[[int], None]
         ids = ", ".join(sources[d.source_idx].shards.id(d.row) for d in task.pack[:3])
         found = f"found {type(error).__name__}: {error}"
         return DataError(f"expected a pack of {ids}, ..., {found}; the traceback is in the log above")
-
-
-def settle_in(by_main: bool) -> None:
-    """Makes a forked process a worker; `by_main`: the main thread forked it.
-
-    It leaves signals to the trainer, which finishes its step and saves, and for that still needs its workers. SIGTERM ends it
-    only when the trainer itself sends it (Python does when it exits) or is gone; a thread waits for that, so that it works
-    while the main thread sits in a decoder. Where it can, the kernel does it too, for a decoder that lets no thread run.
-    """
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    if by_main and sys.platform == "linux":  # the signal comes at the end of the thread that forked, not of its process
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    threading.Thread(target=_end_with_trainer, args=(os.getppid(),), daemon=True).start()
-    faulthandler.enable(2)  # a decoder's crash shows where it was
-    gc.freeze()  # or the first collection would copy every page of the trainer's objects
-    torch.set_num_threads(1)
-
-
-def _end_with_trainer(trainer_pid: int) -> None:
-    while os.getppid() == trainer_pid:
-        info = signal.sigtimedwait({signal.SIGTERM}, _LOOK_UP_S)
-        if info is not None and info.si_pid == trainer_pid:
-            break
-    os._exit(0)

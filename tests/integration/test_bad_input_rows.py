@@ -177,7 +177,7 @@ def open_stream(folder, tokenizer, workers=0, **data):
 
 def read(stream):
     """Keys delivered in one pass, and key -> reason of those that are not, after checking that none is missing."""
-    (source,), (plan,) = stream.sources, stream.plan_sources
+    (source,), (plan,) = stream.sources, stream.plan.sources
     shards, packs = source.shards, list(stream.passes())
     keys = [shards.id(i).rpartition(":")[2] for i in range(len(shards))]
     skipped = {keys[i]: reason for i, reason in plan.reasons.items()}

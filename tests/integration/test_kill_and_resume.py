@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -207,4 +208,5 @@ def test_another_mixture_goes_on_at_resume_and_other_packing_is_refused(demo_dat
         [*command, "data.sources.text.weight=3"], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "the mixture is another one" in done.stderr and "'text': share 0.03448 -> 0.1765" in done.stderr
+    assert "the mixture is another one" in done.stderr
+    assert re.search(r"'text': share 0\.0\d+ -> 0\.1\d+", done.stderr), done.stderr

@@ -15,7 +15,7 @@ from mmscale.config.schema import CostConfig
 from mmscale.errors import CheckpointError, ConfigError, RefusedInputError
 from mmscale.streaming.draws import MAX_AGE, PlanSource
 from mmscale.streaming.pack import cost_imbalance
-from mmscale.streaming.plan import TOO_LONG, Plan, PlanRules, PlanState, pack_features, plan_pass
+from mmscale.streaming.plan import TOO_LONG, TOO_MANY_IMAGES, Plan, PlanRules, PlanState, pack_features, plan_pass
 
 COST = CostConfig(token=14e9, pair=262_144, vision_input=0.5e12)
 
@@ -226,8 +226,14 @@ def test_windows_are_planned_ahead_and_shared(monkeypatch):
 
 
 def test_a_source_without_usable_rows_is_refused_with_the_reasons():
-    with pytest.raises(RefusedInputError, match=r"'s'.*too_long 2"):
+    with pytest.raises(RefusedInputError, match=r"'s'.*too_long 2.*raise data\.seq_len=8, or"):
         make_plan([source("s", [0, 0])], seq_len=8, plan_group=1, window=8)
+    many = replace(source("s", [0]), reasons={0: TOO_MANY_IMAGES})
+    with pytest.raises(RefusedInputError, match=r"raise data\.max_images_per_pack=2, or"):
+        make_plan([many], seq_len=8, plan_group=1, max_images=2)
+    capped = replace(source("s", [0] * 999 + [5]), max_samples=1)
+    with pytest.raises(RefusedInputError, match=r"none among the 1 of max_samples .*too_long 999"):
+        make_plan([capped], seq_len=8, plan_group=1)
 
 
 def test_a_damaged_state_is_refused():

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import json
 import mmap
-import multiprocessing
 import select
-import signal
 import socket
-import threading
 import time
 from collections.abc import Generator, Sequence
 from contextlib import suppress
@@ -23,15 +20,15 @@ from mmscale.config.env import set_env_default
 from mmscale.errors import ConfigError, DataError, MmscaleError
 from mmscale.logging import get_logger
 from mmscale.streaming import transport
+from mmscale.streaming.process import LoaderProcess
 from mmscale.streaming.unindexed.progress import Place, Progress, advance, place_of
 from mmscale.streaming.unindexed.reader import Reader, Reading, ReadPack
-from mmscale.streaming.workers import MAX_RESTARTS, settle_in
+from mmscale.streaming.workers import MAX_RESTARTS
 from mmscale.types import Skip
 
 log = get_logger(__name__)
 
 _LOOK_S = 0.25
-_END_S = 10.0
 _AT_BYTES = 4096
 
 
@@ -120,38 +117,29 @@ class _Worker:
 
     def end(self) -> str:
         """Kills the process if it still lives; gives how it ended."""
-        self._process.kill()
-        self._process.join(_END_S)
-        self._channel.close()
-        code = self._process.exitcode
-        return signal.Signals(-code).name if code and code < 0 else f"exit code {code}"
+        return self._process.end()
 
     def _start(self) -> None:
         self._at = mmap.mmap(-1, _AT_BYTES)  # shared with the process: the sample that it is at
-        self._channel, others = socket.socketpair()
         progress = advance(self._progress, [place for place, _ in self._lost], [])
-        by_main = threading.current_thread() is threading.main_thread()
-        arguments = (self._reading, self._reader_idx, progress, others, self._at, by_main, self._channel)
-        self._process = multiprocessing.get_context("fork").Process(target=_work, args=arguments, daemon=True)
-        self._process.start()
-        others.close()
+        self._process = LoaderProcess(_work, self._reading, self._reader_idx, progress, self._at)
         self._ask(self._prefetch)
 
     def _ask(self, num_packs: int) -> None:
         # when it is gone, that is noticed where its pack is awaited
         with suppress(BrokenPipeError, ConnectionResetError):
-            self._channel.send(bytes(num_packs))
+            self._process.channel.send(bytes(num_packs))
 
     def _receive(self) -> ReadPack | MmscaleError | None:
         at, waited_s = b"", 0.0
         while True:
             began = time.monotonic()
             try:
-                if select.select([self._channel], [], [], _LOOK_S)[0]:
-                    return transport.receive(self._channel)
+                if select.select([self._process.channel], [], [], _LOOK_S)[0]:
+                    return transport.receive(self._process.channel)
             except EOFError:
                 self._died()
-            if not self._process.is_alive():
+            if not self._process.is_alive:
                 self._died()
             now = self._at[:]
             if now != at:
@@ -185,17 +173,9 @@ class _Worker:
 
 
 def _work(
-    reading: Reading,
-    reader_idx: int,
-    progress: Sequence[Progress],
-    channel: socket.socket,
-    at: mmap.mmap,
-    by_main: bool,
-    trainers: socket.socket,
+    channel: socket.socket, reading: Reading, reader_idx: int, progress: Sequence[Progress], at: mmap.mmap
 ) -> None:
     """A process's life: a pack for every byte that comes, until the trainer closes its end."""
-    trainers.close()
-    settle_in(by_main)
     packs = Reader(reading, reader_idx, progress, lambda here: _write_at(at, here)).packs()
     while channel.recv(1):
         result: ReadPack | MmscaleError | None
