@@ -227,9 +227,8 @@ def encode_numbers(runs: Sequence[Ints]) -> str:
     groups = steps[:, None] >> 7 * place & 0x7F
     last = np.max(np.where(groups != 0, place, 0), axis=1)[:, None]  # of the bytes of a number that say something
     data = (groups | np.where(place < last, 0x80, 0))[place <= last].astype(np.uint8).tobytes()
-    packer = zlib.compressobj(
-        9, strategy=zlib.Z_HUFFMAN_ONLY
-    )  # they are noise, in which a search for repeats only costs
+    # distances are noise, in which a search for repeats only costs
+    packer = zlib.compressobj(9, strategy=zlib.Z_HUFFMAN_ONLY)
     return base64.b85encode(packer.compress(data) + packer.flush()).decode()
 
 
