@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from benchmarks.data import noise_png, write_conversations, write_tokenizer
-from benchmarks.packing import photo_mix
+from benchmarks.mixes import photo_mix
 from benchmarks.padded import PaddedTrainer
 from benchmarks.result import Result, Settings, median_ratio
 from mmscale.config.schema import Config
@@ -192,8 +192,8 @@ def write_data(settings: Settings, lengths: Lengths) -> float:
     seq_len = SIZES[settings.device].seq_len
     rng = np.random.default_rng(7)
     if lengths == "skewed":
-        text, media = photo_mix(rng)
-        tokens = ((text + media) * seq_len // 6144).clip(20)  # so that about 8 fill a pack
+        mix = photo_mix(rng)
+        tokens = ((mix.text + mix.media) * seq_len // 6144).clip(20)  # so that about 8 fill a pack
         tokens = tokens[tokens <= seq_len][:NUM_DOCUMENTS]
     else:
         tokens = rng.integers(seq_len // 8 - 4, seq_len // 8 + 1, NUM_DOCUMENTS)
