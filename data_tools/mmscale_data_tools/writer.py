@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO
 
 from mmscale.errors import DataError, RefusedInputError
+from mmscale.logging import get_logger
 from mmscale.streaming.index import build_index, encode_index, index_path, read_index, sync_folder, write_atomic
 from mmscale.streaming.manifest import Manifest, ShardEntry, file_sha256, idx_digest, write_manifest
 from mmscale.streaming.media import modality_of
@@ -27,6 +28,8 @@ from mmscale.streaming.tar import BLOCK, name_fault, split_name
 
 if TYPE_CHECKING:
     from webdataset.writer import TarWriter
+
+log = get_logger(__name__)
 
 Members = Mapping[str, bytes | Path]
 """Extension -> content. A Path is read when its shard is really written; nothing but its size is needed to resume."""
@@ -47,8 +50,8 @@ def only_writer(folder: Path) -> Iterator[None]:
             raise RefusedInputError(
                 f"{folder}: another command writes here; wait for its end, or choose another folder"
             ) from None
-        except OSError:
-            pass  # a file system without locks, or (NFS) without locks on folders
+        except OSError as e:  # a file system without locks, or (NFS) without locks on folders
+            log.warning("%s cannot be locked (%s); see to it that no other command writes here", folder, e.strerror)
         yield
     finally:
         os.close(fd)

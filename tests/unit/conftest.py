@@ -1,7 +1,8 @@
-"""Tiny configurations and packs built by hand, for the tests of the model."""
+"""A tokenizer of single bytes, tiny configurations, and packs built by hand."""
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from mmscale.config.schema import Config
 from mmscale.types import IGNORE, MODALITIES, MediaBatch, PackedBatch
@@ -21,6 +22,20 @@ AUDIO = {
     **{"decoder_attention_heads": 2, "decoder_ffn_dim": 8, "max_source_positions": 10, "num_mel_bins": 8},
     **{"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1},
 }
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer(tmp_path_factory):
+    """The folder of a tokenizer in which every byte is a token, with ChatML's special tokens."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}')
+    return folder
 
 
 @pytest.fixture

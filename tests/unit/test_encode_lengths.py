@@ -11,7 +11,6 @@ import pytest
 import soundfile
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from mmscale.data_tools.writer import ShardWriter
 from mmscale.errors import BadSampleError, RefusedInputError
@@ -44,16 +43,8 @@ SQUARES = ImageSpec(size=8, tokens=4, side=2, max_tiles=6, grids=((8, 16), (16, 
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
-    backend.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}')
-    return TextTokenizer.load(folder, [NEWLINE_TOKEN])
+def tokenizer(byte_tokenizer):
+    return TextTokenizer.load(byte_tokenizer, [NEWLINE_TOKEN])
 
 
 @pytest.fixture

@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from mmscale.config.schema import CostConfig, DataConfig, SourceConfig
 from mmscale.data_tools.writer import ShardWriter
@@ -36,16 +35,8 @@ NUM_TEXT, NUM_IMAGES, BROKEN = 41, 23, (3, 11, 12)
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
-    backend.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}')
-    return TextTokenizer.load(folder)
+def tokenizer(byte_tokenizer):
+    return TextTokenizer.load(byte_tokenizer)
 
 
 def picture(i, whole=True):

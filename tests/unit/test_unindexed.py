@@ -18,7 +18,6 @@ from functools import partial
 
 import pytest
 import zstandard
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from mmscale.config.schema import DataConfig, SourceConfig
 from mmscale.errors import CheckpointError, ConfigError, DataError, RefusedInputError
@@ -38,16 +37,8 @@ EPOCH = {f"{name}/{s:03}.tar:{s}-{i}" for name, sizes in SIZES.items() for s, n 
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
-    backend.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}')
-    return TextTokenizer.load(folder)
+def tokenizer(byte_tokenizer):
+    return TextTokenizer.load(byte_tokenizer)
 
 
 def row(text, answer="yes"):

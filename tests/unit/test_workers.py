@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from mmscale.data_tools.writer import ShardWriter
 from mmscale.errors import DataError
@@ -68,17 +67,8 @@ class Faulty(Encoder):
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    backend = Tokenizer(
-        models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
-    )
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
-    backend.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}')
-    return TextTokenizer.load(folder)
+def tokenizer(byte_tokenizer):
+    return TextTokenizer.load(byte_tokenizer)
 
 
 @pytest.fixture(scope="module")

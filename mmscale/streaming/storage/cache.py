@@ -81,8 +81,8 @@ class BlockCache:
             temporary.write_bytes(stored)
             os.replace(temporary, path)
             self._account(len(stored))
-        except FileNotFoundError:
-            pass  # somebody cleans the folder just now; the next block makes it again
+        except FileNotFoundError:  # somebody cleans the folder just now; the next block makes it again
+            log.info("%s was removed while a block was written into it; that block is not kept", path.parent)
         except OSError as e:
             with suppress(OSError):
                 temporary.unlink()
