@@ -126,7 +126,7 @@ def same_but_for(found, expected, lost):
 
 def children():
     gc.collect()
-    return multiprocessing.active_children()
+    return set(multiprocessing.active_children())
 
 
 def is_gone(pid):
