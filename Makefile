@@ -50,7 +50,7 @@ bench: $(READY)
 # For a machine with a GPU, its own CUDA torch and no network: nothing is installed.
 gpu:
 	PYTHONPATH=. python3 -m pytest -q tests/gpu
-	PYTHONPATH=. python3 -m benchmarks.run --device cuda step
+	PYTHONPATH=. python3 -m benchmarks.run --device cuda step attention
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info

@@ -25,7 +25,7 @@ EXTRAS = {
     "demo": ["scikit-learn>=1.5", "matplotlib>=3.9"],
     "dev": [
         "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.14", "mypy>=1.18", "scipy>=1.13",
-        "types-PyYAML", "simplejpeg>=1.8", "pyarrow>=17", "fsspec>=2025.3",
+        "types-PyYAML", "megatron-core>=0.16", "simplejpeg>=1.8", "pyarrow>=17", "fsspec>=2025.3",
     ],
     "gpu": ["triton>=3.6", "liger-kernel>=0.8"],
 }  # fmt: skip
@@ -38,7 +38,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["mmscale", "mmscale.*"]), "mmscale.kernels", "mmscale.data_tools", "mmscale.data_tools.readers", "mmscale.data_tools.inspection", "mmscale.configs"],
+    packages=[*find_packages(include=["mmscale", "mmscale.*"]), "mmscale.kernels", "mmscale.kernels.attention", "mmscale.data_tools", "mmscale.data_tools.readers", "mmscale.data_tools.inspection", "mmscale.configs"],
     package_dir={
         "mmscale.kernels": "kernels/mmscale_kernels",
         "mmscale.data_tools": "data_tools/mmscale_data_tools",

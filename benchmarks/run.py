@@ -1,6 +1,6 @@
-"""Runs benchmarks: `python -m benchmarks.run [PATTERN] [--device cpu|cuda]`.
+"""Runs benchmarks: `python -m benchmarks.run [PATTERN ...] [--device cpu|cuda]`.
 
-PATTERN is a part of a name or a shell pattern. Each result is one printed line and one entry of
+A PATTERN is a part of a name or a shell pattern. Each result is one printed line and one entry of
 `benchmarks/results/<device>.json`; entries of benchmarks that do not run stay as they are.
 """
 
@@ -14,7 +14,21 @@ import tempfile
 from fnmatch import fnmatch
 from pathlib import Path
 
-from benchmarks import decode, indexed_reads, labels, packing, planning, reading, startup, step
+from benchmarks import (
+    attention,
+    consolidate,
+    decode,
+    indexed_reads,
+    labels,
+    packing,
+    parallel,
+    planning,
+    reading,
+    sp_media,
+    sp_plans,
+    startup,
+    step,
+)
 from benchmarks.result import Benchmark, Result, Settings
 
 RESULTS = Path(__file__).parent / "results"
@@ -42,6 +56,11 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     reading.e2e_ratio_webdataset,
     reading.corrupt_1pct_slowdown,
     startup.resume_first_batch_s,
+    consolidate.consolidate_rss_ratio,
+    sp_plans.sp_balance_mean,
+    sp_plans.sp_balance_worst,
+    sp_plans.sp_kv_ratio_mean,
+    sp_media.vision_balance,
     step.step_ratio_skewed,
     step.step_ratio_grouped,
     step.step_ratio_dense,
@@ -49,17 +68,24 @@ BENCHMARKS: tuple[Benchmark, ...] = (
 )
 """Every benchmark; the function's name is the benchmark's name."""
 
+CPU_BENCHMARKS: tuple[Benchmark, ...] = (parallel.step_sp2_ratio, parallel.step_tp2_ratio, parallel.step_dp2_ratio)
+"""Those about two processes on two cores; they come last and not with `--device cuda`."""
+
+CUDA_BENCHMARKS: tuple[Benchmark, ...] = (attention.attention_peak_share, attention.attention_planned_overhead)
+"""Those that need a GPU; they come last and only with `--device cuda`."""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the benchmarks that match; gives 2 when none does. A value short of its target is no failure."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
-    parser.add_argument("pattern", nargs="?", default="*", help="part of a name, or a shell pattern such as 'pack_*'")
+    parser.add_argument("patterns", nargs="*", default=["*"], help="parts of names, or shell patterns such as 'pack_*'")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args(argv)
-    chosen = [b for b in BENCHMARKS if args.pattern in b.__name__ or fnmatch(b.__name__, args.pattern)]
+    known = BENCHMARKS + (CUDA_BENCHMARKS if args.device == "cuda" else CPU_BENCHMARKS)
+    chosen = [b for b in known if any(p in b.__name__ or fnmatch(b.__name__, p) for p in args.patterns)]
     if not chosen:
-        names = ", ".join(b.__name__ for b in BENCHMARKS)
-        print(f"no benchmark matches '{args.pattern}'; known: {names}", file=sys.stderr)
+        names = ", ".join(b.__name__ for b in known)
+        print(f"no benchmark matches {' '.join(args.patterns)!r}; known: {names}", file=sys.stderr)
         return 2
     for benchmark in chosen:
         with tempfile.TemporaryDirectory(prefix="mmscale-bench-") as folder:

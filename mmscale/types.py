@@ -27,6 +27,9 @@ NEWLINE_TOKEN = "<image_newline>"
 Role = Literal["system", "user", "assistant", "document"]
 """`document` is a text without turns, alone in its sample: media stand between its words, and every word is a target."""
 
+Spans = tuple[tuple[tuple[int, int, int], ...], ...]
+"""For each outer sequence-parallel rank its sorted, disjoint (document, start, end) in tokens of the document."""
+
 IGNORE = -100
 """The label of a position without a target (the value that torch's cross-entropy ignores by default)."""
 
@@ -224,6 +227,8 @@ class PackedBatch:
     lengths       document lengths as host integers, the same facts as `cu_seqlens` without a device sync
     ids           sample ids in document order; `skipped` names those that are loss-masked filler
     tokens        host counts: `{"text": n, "image": n, ...}`, positions by what they hold; filler is not counted
+    spans         how sequence parallelism divides the pack, planned where the pack was made; None = it is not divided.
+                  Padding that makes the parts equal is one more document at the end, and not in any tensor here
     """
 
     input_ids: torch.Tensor
@@ -237,6 +242,7 @@ class PackedBatch:
     ids: tuple[str, ...]
     tokens: dict[str, int]
     skipped: tuple[Skip, ...] = field(default=())
+    spans: Spans | None = None
 
     @property
     def num_tokens(self) -> int:

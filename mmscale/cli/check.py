@@ -8,22 +8,30 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mmscale.config.checks import check_config, check_lengths, data_parallel_size
+from mmscale.cli.check_layout import layout_table, memory_table, traffic_table
+from mmscale.cli.decide import Device, decide, model_sizes
+from mmscale.config.checks import check_config, check_lengths
 from mmscale.config.cost import run_cost
+from mmscale.config.layouts import check_degrees
 from mmscale.config.load import load_config
 from mmscale.config.mixture import is_stream_mode, leaf_sources, mixture_shares
 from mmscale.config.schema import Config, SourceConfig
 from mmscale.config.specs import extra_tokens, media_specs
 from mmscale.model.composite import skeleton
 from mmscale.model.description import describe
+from mmscale.model.llm.attention import check_positions
+from mmscale.parallel.engines.deepspeed_json import Known, deepspeed_config
+from mmscale.parallel.tensor.plan import tensor_plan
+from mmscale.parallel.workload import ModelSizes, make_workload
 from mmscale.streaming.chat import load_template
 from mmscale.streaming.loader import open_shards
 from mmscale.streaming.tokenizer import TextTokenizer
 from mmscale.streaming.unindexed.urls import list_shards
-from mmscale.types import MediaSpecs
 
 
-def run(config_path: str, overrides: list[str], world_size: int) -> None:
+def run(
+    config_path: str, overrides: list[str], world_size: int, ranks_per_node: int, device_gb: float | None = None
+) -> None:
     """Validates the config for `world_size` processes and prints the layout; raises ConfigError when it cannot work."""
     config = load_config(config_path, overrides)
     check_config(config, world_size)
@@ -34,10 +42,30 @@ def run(config_path: str, overrides: list[str], world_size: int) -> None:
     )
     _check_templates(config, tokenizer)
     run_cost(config, specs, tokenizer.vocab_size)  # refused here rather than when the data is opened
-    tables = (_layout(config, world_size, specs), _sources(config), _parts(config, tokenizer, specs))
+    with torch.device("meta"):  # shapes only: no memory, whatever the model's size
+        model = skeleton(describe(config.model, tokenizer.vocab_size, specs))
+    check_lengths(config, specs, getattr(model.llm.config, "max_position_embeddings", None))
+    check_positions(model.llm.config, config.data.seq_len)
+    sizes = model_sizes(config, model)
+    device = Device(ranks_per_node, None if device_gb is None else round(device_gb * 1e9))
+    config, reason = decide(config, world_size, sizes, specs, device)
+    check_degrees(config.parallel, sizes.llm, config.data.seq_len)  # with the defaults of the family's configuration
+    if config.parallel.tensor > 1:
+        tensor_plan(model.llm, config.parallel.tensor, config.parallel.tensor_sequence)
+    work = make_workload(config, world_size, sizes, specs)
+    if work.engine == "deepspeed":  # a JSON file that contradicts the config is refused here
+        deepspeed_config(Known(config.parallel, config.train, work.data, sizes.llm.width))
+    tables = (
+        layout_table(config, work, specs, ranks_per_node, reason),
+        _sources(config),
+        _parts(config, sizes),
+        memory_table(work, device_gb),
+        traffic_table(work, ranks_per_node),
+    )
     console = Console(highlight=False)  # printed only when everything holds
     for table in tables:
-        console.print(table)
+        if table is not None:
+            console.print(table)
 
 
 def _check_templates(config: Config, tokenizer: TextTokenizer) -> None:
@@ -46,35 +74,6 @@ def _check_templates(config: Config, tokenizer: TextTokenizer) -> None:
     for name in sorted({config.data.template, *(s.template for s in sources if s.template)}):
         for special in load_template(name).specials:
             tokenizer.special_id(special)
-
-
-def _layout(config: Config, world_size: int, specs: MediaSpecs) -> Table:
-    p, train = config.parallel, config.train
-    dp_size = data_parallel_size(config.parallel, world_size)
-    table = Table("layout", "", title=f"run {config.run.dir}", title_justify="left")
-    table.add_row(
-        "processes", f"{world_size} = tensor {p.tensor} x ulysses {p.ulysses} x ring {p.ring} x data {dp_size}"
-    )
-    engine = "none (one process)" if world_size == 1 and p.engine == "auto" else f"deepspeed, ZeRO-{p.zero_stage}"
-    table.add_row("engine", f"{engine}, {train.dtype}")
-    packs = train.global_batch // dp_size
-    table.add_row(
-        "step", f"{train.global_batch} packs = {dp_size} ranks x {packs} micro-batches of {config.data.seq_len} tokens"
-    )
-    table.add_row("tokens per step", f"{train.global_batch * config.data.seq_len:,}")
-    table.add_row("steps", f"{train.steps:,} = {train.steps * train.global_batch * config.data.seq_len:,} tokens")
-    if specs.image is not None:
-        table.add_row(
-            "image",
-            f"{specs.image.size} x {specs.image.size} pixels ({specs.image.mode}) = {specs.image.tokens} tokens"
-            + (" each tile" if specs.image.mode in ("tiles", "anyres") else ""),
-        )
-    if specs.audio is not None:
-        a = specs.audio
-        table.add_row(
-            "audio", f"{a.window_samples / a.rate_hz:g} s at {a.rate_hz} Hz ({a.features}) = {a.tokens} tokens"
-        )
-    return table
 
 
 def _sources(config: Config) -> Table:
@@ -119,23 +118,18 @@ def _add_streamed(table: Table, config: Config, leaves: Mapping[str, SourceConfi
         table.add_row(name, "not indexed", count, f"{float(shares[name]):.2%}", epochs, "", "", template)
 
 
-def _parts(config: Config, tokenizer: TextTokenizer, specs: MediaSpecs) -> Table:
-    with torch.device("meta"):  # shapes only: no memory, whatever the model's size
-        model = skeleton(describe(config.model, tokenizer.vocab_size, specs))
-    check_lengths(config, specs, getattr(model.llm.config, "max_position_embeddings", None))
+def _parts(config: Config, sizes: ModelSizes) -> Table:
     table = Table("part", "parameters", "trained", "peak lr")
-    total = trained = 0
-    for name, part in model.parts().items():
-        count = sum(p.numel() for p in part.parameters())
-        setting = getattr(config.train.parts, name)
-        is_trained = setting.tune == "full"
+    for name, part in sizes.parts.items():
+        lr = getattr(config.train.parts, name).lr or config.train.lr
         table.add_row(
             name,
-            f"{count:,}",
-            "yes" if is_trained else "frozen",
-            f"{setting.lr or config.train.lr:.1e}" if is_trained else "",
+            f"{part.parameters:,}",
+            "yes" if part.is_trained else "frozen",
+            f"{lr:.1e}" if part.is_trained else "",
         )
-        total, trained = total + count, trained + count * is_trained
     table.add_section()
+    total = sum(part.parameters for part in sizes.parts.values())
+    trained = sum(part.parameters for part in sizes.parts.values() if part.is_trained)
     table.add_row("all", f"{total:,}", f"{trained:,}", "")
     return table

@@ -54,9 +54,18 @@ def check(
     config: ConfigFile,
     overrides: Overrides = None,
     world_size: Annotated[int, typer.Option(min=1, help="Number of processes to check the layout for.")] = 1,
+    ranks_per_node: Annotated[
+        int, typer.Option(min=1, help="Processes on one machine, for what crosses the network.")
+    ] = 8,
+    device_gb: Annotated[
+        float | None, typer.Option(help="Memory of one device in GB: says whether the run fits.")
+    ] = None,
 ) -> None:
-    """Validate a config and print its layout, parameters per part and tokens per step; exit 2 and one line when it is bad."""
-    _run("check", config, overrides or [], world_size)
+    """Validate a config and print its layout, memory and traffic per process, and parameters; exit 2 and one line when it is bad.
+
+    No process group is made and no weight is read, so that 1024 GPUs can be planned on a laptop.
+    """
+    _run("check", config, overrides or [], world_size, ranks_per_node, device_gb)
 
 
 @app.command()
@@ -74,9 +83,12 @@ def consolidate(
     drop: Annotated[list[str] | None, typer.Option(help="Leave a modality out: audio.")] = None,
     dtype: Annotated[str, typer.Option(help="Stored type: fp32, bf16.")] = "fp32",
     max_shard_gb: Annotated[float, typer.Option(min=0.001, help="Largest safetensors file in GB.")] = 4.0,
+    proof: Annotated[
+        bool, typer.Option("--proof/--no-proof", help="Compare logits; needs memory for the whole model in fp32.")
+    ] = True,
 ) -> None:
     """Turn a checkpoint into a Hugging Face folder, reload it in a fresh process and compare logits before saying ok."""
-    _run("consolidate", source, out, target, drop or [], dtype, max_shard_gb)
+    _run("consolidate", source, out, target, drop or [], dtype, max_shard_gb, proof)
 
 
 @app.command()

@@ -23,9 +23,13 @@ def run(config_path: str, overrides: list[str]) -> None:
     from mmscale.streaming.decode.dsp import check_audio_backend
 
     check_audio_backend()  # before transformers, which a broken torchaudio takes down
+    from mmscale.cli.decide import decide_run
     from mmscale.parallel.mesh import init_mesh
     from mmscale.train.loop import train
 
+    config, reason = decide_run(config, launch)
+    if reason:
+        logging.get_logger(__name__).info("%s", reason)
     mesh = init_mesh(config.parallel, config.run.device, launch)
     try:
         train(config, mesh, stop)

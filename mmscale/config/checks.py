@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
+from mmscale.config.layouts import check_model, data_parallel_size, is_undecided
 from mmscale.config.mixture import check_mixture, is_stream_mode, leaf_sources
 from mmscale.config.schema import Config, ParallelConfig, SourceConfig
 from mmscale.errors import ConfigError
 from mmscale.types import MediaSpecs
 
-
-def data_parallel_size(p: ParallelConfig, world_size: int) -> int:
-    """Ranks that see different packs. Raises ConfigError when the degrees do not fit the world size."""
-    model_ranks = p.tensor * p.ulysses * p.ring
-    if world_size % model_ranks:
-        raise ConfigError(
-            f"parallel.tensor={p.tensor} x parallel.ulysses={p.ulysses} x parallel.ring={p.ring} = {model_ranks} must divide the "
-            f"{world_size} processes of this run; start a multiple of {model_ranks} processes or lower a degree"
-        )
-    return world_size // model_ranks
+__all__ = ["check_config", "check_engine_keys", "check_lengths", "check_parallel", "data_parallel_size"]
 
 
 def check_config(config: Config, world_size: int) -> None:
     """Refuses combinations of keys that cannot work on `world_size` processes. Raises ConfigError."""
-    dp_size = data_parallel_size(config.parallel, world_size)
+    dp_size = data_parallel_size(config.parallel, world_size, config.model.llm)
     check_parallel(config.parallel)
-    _check_batch(config, dp_size)
+    check_engine_keys(config.parallel, world_size)
+    check_model(config)
+    if not is_undecided(config.parallel):  # else once the degrees are chosen
+        _check_batch(config, dp_size)
+    _check_stream_mode(config)
     _check_parts(config)
     _check_validation(config)
     _check_sources("data.sources", config.data.sources)
@@ -34,17 +31,51 @@ def check_config(config: Config, world_size: int) -> None:
 
 
 def check_parallel(parallel: ParallelConfig) -> None:
-    """Refuses the degrees and engines that this version does not have. Raises ConfigError."""
-    for name in ("tensor", "ulysses", "ring"):
-        degree = getattr(parallel, name)
-        if degree > 1:
-            raise ConfigError(
-                f"parallel.{name}={degree}: this version trains data-parallel only; set parallel.{name}=1"
-            )
+    """Refuses keys of one engine beside another engine, and keys without a use. Raises ConfigError."""
     if parallel.engine == "fsdp":
+        defaults = ParallelConfig()
+        only_deepspeed = ("zero_stage", "zero_keep_whole", "offload_optimizer", "deepspeed")
+        found = [
+            f"{key}={getattr(parallel, key)}"
+            for key in only_deepspeed
+            if getattr(parallel, key) != getattr(defaults, key)
+        ]
+        if found:
+            raise ConfigError(
+                f"parallel.engine=fsdp shards weights, gradients and optimizer state by itself, found parallel.{found[0]}, which "
+                "DeepSpeed alone reads; remove it, or set parallel.engine=deepspeed"
+            )
+    if parallel.tensor_sequence and parallel.tensor == 1:
         raise ConfigError(
-            "parallel.engine=fsdp: this version has the engines auto and deepspeed; for fully sharded weights set "
-            "parallel.engine=deepspeed and parallel.zero_stage=3"
+            "parallel.tensor_sequence=true divides tokens over tensor-parallel ranks, found parallel.tensor=1; set parallel.tensor to 2 "
+            "or more, or remove it"
+        )
+    if parallel.deepspeed is not None and not Path(parallel.deepspeed).is_file():
+        raise ConfigError(
+            f"parallel.deepspeed: a DeepSpeed JSON file is expected, found no file {parallel.deepspeed} (relative to the folder that "
+            "the command runs in); correct the path, or remove it"
+        )
+
+
+def check_engine_keys(parallel: ParallelConfig, world_size: int) -> None:
+    """Refuses DeepSpeed's keys on one process that `parallel.engine: auto` leaves without an engine. Raises ConfigError."""
+    if parallel.engine != "auto" or world_size > 1:
+        return
+    for key, value in (("deepspeed", parallel.deepspeed), ("offload_optimizer", parallel.offload_optimizer)):
+        if value:
+            raise ConfigError(
+                f"parallel.{key}={value} is DeepSpeed's, found one process, which parallel.engine=auto leaves without an engine; start "
+                "several processes (mmscale check: --world-size), set parallel.engine=deepspeed, or remove it"
+            )
+
+
+def _check_stream_mode(config: Config) -> None:
+    p = config.parallel
+    if is_stream_mode("data.sources", config.data.sources) and p.tensor * p.ulysses * p.ring > 1:
+        raise ConfigError(
+            f"data.sources: `mode: stream` gives every process packs of its own, found parallel.tensor={p.tensor}, "
+            f"parallel.ulysses={p.ulysses}, parallel.ring={p.ring}, whose ranks share packs; index the data (mmscale-data index DIR) and "
+            "leave out `mode`, or set these degrees to 1"
         )
 
 

@@ -7,24 +7,21 @@ backward, per layer; a tower's attention is not causal and costs 4 * n^2 * width
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mmscale.config.llm import read_llm_sizes
 from mmscale.config.schema import Config, CostConfig, LlmConfig, ModelConfig, PartConfig, PartsConfig, TowerConfig
-from mmscale.config.specs import connector_stride, mlp_depth, read_hf_config, tower_config, vision_grid
+from mmscale.config.specs import connector_stride, mlp_depth, tower_config, vision_grid
 from mmscale.errors import ConfigError, DataError
 from mmscale.types import MediaSpecs
 
 FEATURES = ("fixed", "token", "pair", "vision_input", "audio_input")
 """The keys of `CostConfig` in the order of the features of a pack."""
-
-_UNGATED = frozenset(("phi", "gpt2", "gpt_neox", "gptj", "opt", "falcon", "bloom", "starcoder2"))
-"""LLMs whose MLP is two matrices; all others have three (a gate)."""
 
 _FULL_PACK = float(1 << 50)
 _WARM_UP = 10
@@ -158,30 +155,14 @@ def _media_flops(tower: float, connector: float, tower_trained: bool, connector_
 
 def _llm_flops(llm: LlmConfig, vocab_size: int | None) -> tuple[float, int, float]:
     """(matrix weights that a token meets, head included; width; forward FLOPs of attention per squared length)."""
-    raw = dict(llm.config) if llm.config is not None else read_hf_config(llm.path or "", "model.llm")
-    raw = raw.get("text_config", raw)
-    hidden = _size(raw, "hidden_size", "n_embd", "d_model")
-    layers, heads = _size(raw, "num_hidden_layers", "n_layer"), _size(raw, "num_attention_heads", "n_head")
-    head = _size(raw, "head_dim", default=hidden // heads)
-    kv_heads = _size(raw, "num_key_value_heads", default=heads)
-    attention = 2 * hidden * head * (heads + kv_heads)
-    return (
-        float(layers * (attention + _mlp_weights(raw, hidden)) + hidden * (vocab_size or _size(raw, "vocab_size"))),
-        hidden,
-        (2.0 * layers * heads * head),
-    )
-
-
-def _mlp_weights(raw: Mapping[str, Any], hidden: int) -> int:
-    """Weights of the MLP of one layer that a token meets; of a mixture of experts those of its experts."""
-    matrices = 2 if raw.get("model_type") in _UNGATED else 3
-    inner = _size(raw, "intermediate_size", "n_inner", default=4 * hidden)
-    experts = _size(raw, "num_local_experts", "num_experts", default=1)
-    if experts == 1:
-        return matrices * hidden * inner
-    inner = _size(raw, "moe_intermediate_size", default=inner)
-    shared = raw.get("shared_expert_intermediate_size") or 0
-    return matrices * hidden * (inner * _size(raw, "num_experts_per_tok", default=2) + shared) + hidden * experts
+    sizes = read_llm_sizes(llm)
+    rows = vocab_size or sizes.vocab
+    if rows is None:
+        raise ConfigError(
+            "model.llm.config: expected `vocab_size` in the Hugging Face configuration, found none; add it"
+        )
+    weights = sizes.layers * (sizes.attention_weights + sizes.mlp_weights) + sizes.width * rows
+    return float(weights), sizes.width, 2.0 * sizes.layers * sizes.heads * sizes.head_size
 
 
 def _vision_flops(part: TowerConfig) -> tuple[float, int]:
@@ -230,19 +211,3 @@ def _connector_weights(name: str, inputs: int, width: int) -> float:
     """Matrix weights of a connector from `inputs` numbers per row to `width`."""
     depth = mlp_depth(name) or (1 if name == "linear" else 2)
     return float(inputs * width + (depth - 1) * width**2)
-
-
-def _size(raw: Mapping[str, Any], *names: str, default: int | None = None) -> int:
-    """The first of some keys that is set. Raises ConfigError: no positive whole number, or none and no default."""
-    for name in names:
-        value = raw.get(name)
-        if isinstance(value, int) and value > 0:
-            return value
-        if value is not None:
-            raise ConfigError(f"model.llm.config.{name}: expected a positive whole number, found {value!r}; correct it")
-    if default is None:
-        raise ConfigError(
-            f"model.llm.config: expected `{names[0]}` in the Hugging Face configuration, found none; add it, or say in data.cost "
-            "what tokens cost"
-        )
-    return default

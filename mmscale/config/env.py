@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mmscale.errors import ConfigError
 
@@ -12,11 +12,13 @@ VARIABLES: dict[str, str] = {
     "RANK": "torchrun: number of this process in the run, from 0.",
     "WORLD_SIZE": "torchrun: processes in the run.",
     "LOCAL_RANK": "torchrun: number of this process on its node; selects the GPU.",
+    "LOCAL_WORLD_SIZE": "torchrun: processes on each node, between which links are fast; `parallel.sp: auto` asks for it.",
     "MASTER_ADDR": "Address on which rank 0 can be reached. Under srun it may be set by the job script.",
     "MASTER_PORT": "TCP port of rank 0. Under srun the default is 20000 + SLURM_JOB_ID modulo 10000.",
     "SLURM_PROCID": "srun: number of this task in the job step; used when RANK is not set.",
     "SLURM_STEP_NUM_TASKS": "srun: tasks in the job step. Absent in a plain batch script, which then counts as one process.",
     "SLURM_LOCALID": "srun: number of this task on its node; selects the GPU.",
+    "SLURM_STEP_TASKS_PER_NODE": "srun: tasks on each node, such as `8(x4)`; as LOCAL_WORLD_SIZE.",
     "SLURM_LAUNCH_NODE_IPADDR": "srun: address of the node that ran srun, used for rank 0 when MASTER_ADDR is not set.",
     "SLURM_JOB_ID": "SLURM: number of the job, from which the default port is derived.",
 }
@@ -25,13 +27,17 @@ VARIABLES: dict[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """Who this process is. `master_addr` and `master_port` are None for one process without a launcher."""
+    """Who this process is. `master_addr` and `master_port` are None for one process without a launcher.
+
+    `ranks_per_node`: processes on one node, the fewest where nodes differ; None = the launcher does not say.
+    """
 
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
     master_addr: str | None = None
     master_port: int | None = None
+    ranks_per_node: int | None = None
 
 
 def launch_from_env(env: Mapping[str, str] | None = None) -> Launch:
@@ -46,10 +52,13 @@ def launch_from_env(env: Mapping[str, str] | None = None) -> Launch:
     variables = os.environ if env is None else env
     if "RANK" in variables:
         launch = _from_names(variables, "RANK", "WORLD_SIZE", "LOCAL_RANK", variables.get("MASTER_ADDR"), None)
+        if "LOCAL_WORLD_SIZE" in variables:
+            launch = replace(launch, ranks_per_node=_integer(variables, "LOCAL_WORLD_SIZE"))
     elif "SLURM_STEP_NUM_TASKS" in variables and "SLURM_PROCID" in variables:
         address = variables.get("MASTER_ADDR") or variables.get("SLURM_LAUNCH_NODE_IPADDR")
         port = 20000 + _integer(variables, "SLURM_JOB_ID") % 10000
         launch = _from_names(variables, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", address, port)
+        launch = replace(launch, ranks_per_node=_tasks_per_node(variables.get("SLURM_STEP_TASKS_PER_NODE", "")))
     else:
         return Launch()
     if not 0 <= launch.rank < launch.world_size:
@@ -77,6 +86,12 @@ def _from_names(
             "of rank 0's node that the other nodes can reach, or start with torchrun"
         )
     return Launch(_integer(env, rank), _integer(env, local_rank), size, address, port)
+
+
+def _tasks_per_node(text: str) -> int | None:
+    """The fewest tasks of a node in SLURM's list, such as `8(x3),4`; None for no or another text."""
+    counts = [part.partition("(")[0] for part in text.split(",")]
+    return min(map(int, counts)) if all(count.isdecimal() for count in counts) else None
 
 
 def _integer(env: Mapping[str, str], name: str) -> int:

@@ -219,14 +219,38 @@ class DataConfig(Section):
 
 class ParallelConfig(Section):
     tensor: PositiveInt = Field(1, description="Tensor-parallel degree.")
-    ulysses: PositiveInt = Field(1, description="Ulysses sequence-parallel degree.")
-    ring: PositiveInt = Field(1, description="Outer (ring or exchange) sequence-parallel degree.")
+    ulysses: PositiveInt = Field(
+        1, description="Ulysses sequence-parallel degree: attention heads are exchanged for tokens."
+    )
+    ring: PositiveInt = Field(
+        1, description="Outer sequence-parallel degree: keys and values are exchanged as `parallel.sp` says."
+    )
+    sp: Literal["auto", "exchange", "gather", "ring"] = Field(
+        "exchange",
+        description="How the `ring` ranks get keys and values: `exchange` sends what each needs, `gather` everything, `ring` passes blocks round (least memory). `auto` chooses it from heads, lengths and cost, and `ulysses` and `ring` too when both are 1.",
+    )
+    sp_layout: Literal["auto", "contiguous", "zigzag", "per_document", "planned"] = Field(
+        "auto",
+        description="Which tokens the `ring` ranks hold: equal pieces in order, zigzag over the pack or over each document, or `planned` for equal cost and little exchange. `auto` = `per_document` for `sp: ring`, else `planned`.",
+    )
+    tensor_sequence: bool = Field(
+        False,
+        description="Between the tensor-parallel layers each rank keeps its share of the tokens only (Megatron's sequence-parallel regions); needs `tensor` above 1.",
+    )
+    attention: Literal["auto", "cpu_aten", "torch_flash", "flash_attn", "efficient", "math"] = Field(
+        "auto", description="Attention kernel of the LLM; `auto` takes the best for device and type, and logs it."
+    )
     engine: Literal["auto", "deepspeed", "fsdp"] = Field(
         "auto", description="`auto` uses no engine on one process and DeepSpeed on several."
     )
     zero_stage: Literal[1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage.")
     zero_keep_whole: Count = Field(
         100_000, description="ZeRO-3 keeps parameters with fewer elements than this whole on every rank."
+    )
+    offload_optimizer: bool = Field(False, description="DeepSpeed keeps optimizer state in host memory.")
+    deepspeed: str | None = Field(
+        None,
+        description="DeepSpeed JSON file; its `auto` values are taken from this configuration, and a value that contradicts it is refused.",
     )
     timeout_s: PositiveInt = Field(
         600, description="Seconds after which a collective that does not complete ends the run."

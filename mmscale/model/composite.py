@@ -6,6 +6,7 @@ see all of them. Shapes: T tokens of the pack, Nt targets, M media rows, D width
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -16,17 +17,18 @@ from mmscale.config.schema import Config, LlmConfig, ModelConfig, TowerConfig
 from mmscale.errors import ConfigError
 from mmscale.kernels.cross_entropy import cross_entropy_sum
 from mmscale.kernels.placement import place_media
+from mmscale.model.batch import ModelBatch
 from mmscale.model.description import MmscaleConfig, describe
 from mmscale.model.encoder import MediaEncoder, build_audio, build_vision
-from mmscale.model.llm.attention import PackInfo
 from mmscale.model.llm.load import load_llm
-from mmscale.types import MODALITIES, MediaSpecs, PackedBatch
+from mmscale.types import MediaSpecs, PackedBatch
 
 
 class MultimodalLM(nn.Module):
     """A language model `llm` that reads rows of `vision` and `audio` encoders in the slots of its input.
 
-    `config` describes it completely and is what an export stores.
+    `config` describes it completely and is what an export stores. `token_loss` sums the losses of rows of logits; tensor
+    parallelism replaces it by one over shares of the vocabulary.
     """
 
     def __init__(
@@ -37,30 +39,36 @@ class MultimodalLM(nn.Module):
         self.llm = llm
         self.vision = vision
         self.audio = audio
+        self.token_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = cross_entropy_sum
 
-    def forward(self, batch: PackedBatch) -> torch.Tensor:
-        """The SUM of the token losses over the pack's targets, an fp32 scalar.
+    def forward(self, batch: PackedBatch | ModelBatch) -> torch.Tensor:
+        """The SUM of the token losses over the targets of the pack, or of the part of it, an fp32 scalar.
 
-        A pack without targets gives exactly 0, connected to every parameter like any other pack: a modality that does not
-        occur runs one zero input whose rows are added times zero.
+        Without targets it is exactly 0, connected to every parameter like any other: a modality that does not occur runs one
+        zero input of which no row is used.
 
         Raises:
             ConfigError: media that the model has no encoder for.
         """
-        return cross_entropy_sum(self.logits(batch), batch.labels[batch.target_idx])
+        batch = ModelBatch.of(batch) if isinstance(batch, PackedBatch) else batch
+        return self.token_loss(self.logits(batch), batch.labels[batch.target_idx])
 
-    def logits(self, batch: PackedBatch, positions: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits [Nt, V] at the pack's targets, or at `positions` (int64); only these rows pass the output head."""
+    def logits(self, batch: PackedBatch | ModelBatch, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [Nt, V] at the targets, or at `positions` (int64); only these rows pass the output head.
+
+        Under tensor parallelism V is this rank's share of the vocabulary.
+        """
+        batch = ModelBatch.of(batch) if isinstance(batch, PackedBatch) else batch
         embeds_TD = self._embed(batch)
         keep = batch.target_idx if positions is None else positions
         out = self.llm(
             inputs_embeds=embeds_TD[None],
-            position_ids=batch.position_ids[None],
+            position_ids=batch.position_ids.unsqueeze(-2),
             use_cache=False,
             logits_to_keep=keep,
-            pack=PackInfo.of(batch),
+            pack=batch.attention,
         )
-        return cast(torch.Tensor, out.logits[0])
+        return cast(torch.Tensor, out.logits.squeeze(0))
 
     def parts(self) -> dict[str, nn.Module]:
         """The trainable parts by name, only those present: llm, vision, vision_connector, audio, audio_connector.
@@ -88,24 +96,23 @@ class MultimodalLM(nn.Module):
             enable = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
             enable({"use_reentrant": False})
 
-    def _embed(self, batch: PackedBatch) -> torch.Tensor:
+    def _embed(self, batch: ModelBatch) -> torch.Tensor:
         text_TD = self.llm.get_input_embeddings()(batch.input_ids)
-        inputs = {m: batch.media[m].data for m in MODALITIES if m in batch.media}
-        images = [inputs[m] for m in ("image", "video") if m in inputs]
-        rows, unused = [], text_TD.new_zeros(())
-        for name, encoder, data in (
-            ("vision", self.vision, images),
-            ("audio", self.audio, [inputs["audio"]] if "audio" in inputs else []),
-        ):
+        images = [batch.inputs[m] for m in ("image", "video") if m in batch.inputs]
+        sounds = [batch.inputs["audio"]] if "audio" in batch.inputs else []
+        rows = [text_TD.new_zeros(0, text_TD.shape[1])]
+        for name, encoder, data in (("vision", self.vision, images), ("audio", self.audio, sounds)):
             if encoder is None:
                 if data:
                     raise ConfigError(f"a pack without {name} media is expected, the model has none; set model.{name}")
             elif data:
                 rows.append(encoder(torch.cat(data)).flatten(0, 1))
-            else:
-                unused = unused + encoder.zero_rows(text_TD.device).sum() * 0
-        media_MD = torch.cat(rows) if rows else text_TD.new_zeros(0, text_TD.shape[1])
-        return place_media(text_TD, media_MD, batch.source_index) + unused.to(text_TD.dtype)
+            else:  # none of its rows, but its parameters take part: sharded engines wait for them, and so does the route
+                rows.append(encoder.zero_rows(text_TD.device).flatten(0, 1)[:0])
+        media_MD = torch.cat([row.to(text_TD.dtype) for row in rows])
+        if batch.route is not None:
+            media_MD = batch.route(media_MD)
+        return place_media(text_TD, media_MD, batch.source_index)
 
 
 def build_model(config: Config, vocab_size: int, specs: MediaSpecs) -> MultimodalLM:

@@ -8,16 +8,25 @@ same numbers; an engine that is filled afterwards would run its first forward wi
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import nn
 
+from mmscale.config.checks import check_engine_keys
 from mmscale.config.schema import ModelConfig, ParallelConfig, TrainConfig
 from mmscale.errors import ConfigError
-from mmscale.parallel.engines.base import Engine, EngineSpec, StateReader, check_names, read_checked, state_names
+from mmscale.logging import get_logger
+from mmscale.model.composite import MultimodalLM
+from mmscale.parallel.engines.base import Engine, EngineSpec, StateReader, check_names, state_names
+from mmscale.parallel.engines.deepspeed_json import Known, deepspeed_config, offloads_optimizer, zero_stage
 from mmscale.parallel.engines.single import SingleEngine
+from mmscale.parallel.layout import ShardLayout
 from mmscale.parallel.mesh import Mesh, resolve_engine
+
+log = get_logger(__name__)
 
 
 def make_engine(
@@ -28,6 +37,7 @@ def make_engine(
     mesh: Mesh,
     external_parts: Collection[str] = (),
     resume: StateReader | None = None,
+    layouts: Mapping[str, ShardLayout] = MappingProxyType({}),
 ) -> Engine:
     """An engine over `model`, fresh or with the state of `resume`.
 
@@ -38,6 +48,7 @@ def make_engine(
         external_parts: frozen parts whose weights a checkpoint leaves out because they come from elsewhere, see
             `external_parts`.
         resume: an open checkpoint; its names must be exactly this model's.
+        layouts: how tensor parallelism cut the parameters, as `shard_tensor` gave it.
 
     Raises:
         CheckpointError: `resume` does not fit the model.
@@ -46,11 +57,13 @@ def make_engine(
     Distributed: every rank calls it with the same arguments.
     """
     _freeze_untrained(model, optimizer)
+    # FSDP2 moves one layer after the other while it cuts them, so that no device ever holds the whole model
+    device = torch.device("cpu") if resolve_engine(parallel, mesh.world_size) == "fsdp" else mesh.device
     # masters are fp32 whatever the files hold; `.data` keeps the optimizer's references
     for param in model.parameters():
-        param.data = param.data.to(mesh.device, torch.float32)
-    model.to(mesh.device)
-    spec = EngineSpec(model, optimizer, mesh, train, _stored_names(model, external_parts))
+        param.data = param.data.to(device, torch.float32)
+    model.to(device)
+    spec = EngineSpec(model, optimizer, mesh, train, _stored_names(model, external_parts), layouts)
     if resume is not None:
         check_names(resume, state_names(spec))
         _load_weights(spec, resume)
@@ -58,6 +71,17 @@ def make_engine(
     if resume is not None:
         engine.load_state(resume)
     return engine
+
+
+def engine_facts(parallel: ParallelConfig, world_size: int) -> str:
+    """The engine of a run in a few words, such as `DeepSpeed ZeRO-3, optimizer in host memory`."""
+    kind = resolve_engine(parallel, world_size)
+    if kind == "single":
+        return "none (one process)"
+    if kind == "fsdp":
+        return "FSDP2, fully sharded"
+    place = ", optimizer in host memory" if offloads_optimizer(parallel) else ""
+    return f"DeepSpeed ZeRO-{zero_stage(parallel)}{place}"
 
 
 def external_parts(model: ModelConfig, train: TrainConfig) -> dict[str, str]:
@@ -69,11 +93,27 @@ def external_parts(model: ModelConfig, train: TrainConfig) -> dict[str, str]:
 
 
 def _wrap(spec: EngineSpec, parallel: ParallelConfig) -> Engine:
-    if resolve_engine(parallel, spec.mesh.world_size) == "single":
+    kind = resolve_engine(parallel, spec.mesh.world_size)
+    check_engine_keys(parallel, spec.mesh.world_size)
+    if kind == "single":
         return SingleEngine(spec)
+    if kind == "fsdp":
+        from mmscale.parallel.engines.fsdp import FsdpEngine
+
+        return FsdpEngine(spec)
     from mmscale.parallel.engines.deepspeed import DeepSpeedEngine
 
-    return DeepSpeedEngine(spec, parallel.zero_stage, parallel.zero_keep_whole)
+    known = Known(parallel, spec.train, spec.mesh.dp_size, _hidden_size(spec.model), spec.mesh.device.type == "cuda")
+    config = deepspeed_config(known)
+    if parallel.deepspeed is not None and spec.mesh.is_main:
+        log.info("DeepSpeed configuration from %s: %s", parallel.deepspeed, json.dumps(config, sort_keys=True))
+    return DeepSpeedEngine(spec, zero_stage(parallel), config)
+
+
+def _hidden_size(model: nn.Module) -> int:
+    if isinstance(model, MultimodalLM):
+        return int(model.config.text_config.hidden_size)
+    return max((module.embedding_dim for module in model.modules() if isinstance(module, nn.Embedding)), default=1)
 
 
 def _freeze_untrained(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -98,4 +138,4 @@ def _stored_names(model: nn.Module, left_out: Collection[str]) -> frozenset[str]
 def _load_weights(spec: EngineSpec, reader: StateReader) -> None:
     for name, param in spec.model.named_parameters():
         if name in spec.stored:
-            param.copy_(read_checked(reader, f"model.{name}", param.shape))
+            param.copy_(spec.read(reader, f"model.{name}", name, param.shape))

@@ -25,6 +25,7 @@ from mmscale.streaming.decode.dsp import require_audio
 from mmscale.streaming.draws import PlanSource
 from mmscale.streaming.encode import Encoder
 from mmscale.streaming.lengths import ALONE, Turn, sample_lengths
+from mmscale.streaming.make_pack import Divide, divided
 from mmscale.streaming.plan import (
     BY_SIZE,
     PLAN_VERSION,
@@ -53,11 +54,14 @@ __all__ = ["StepBatch", "Stream", "StreamState"]
 class StepBatch:
     """One optimizer step on one rank.
 
-    `packs`: this rank's packs in micro-batch order. `ids`: the sample ids of the whole global batch in plan order, equal on
-    all ranks. `num_epochs`: samples drawn up to and with this step, in epochs of all sources together.
+    `packs`: the packs that this rank has made, `places` their micro-batches of the `num_packs` of its data rank. `ids`: the sample
+    ids of the whole global batch in plan order, equal on all ranks. `num_epochs`: samples drawn up to and with this step, in
+    epochs of all sources together.
     """
 
     packs: tuple[PackedBatch, ...]
+    places: tuple[int, ...]
+    num_packs: int
     ids: tuple[str, ...]
     num_epochs: float
     planned: PlannedStep
@@ -85,7 +89,9 @@ class StepBatch:
 class Stream:
     """The data of a run on one data-parallel rank. Open one with `Stream.open`.
 
-    `plan.sources[i]` is what the plan knows of `sources[i]`, the leaves of the mixture by name.
+    `plan.sources[i]` is what the plan knows of `sources[i]`, the leaves of the mixture by name. `member` = (i, n): the packs of
+    this data rank are made by n processes in turn, and this one is the i-th. Who makes a pack follows from its place in the run
+    alone; what is in it, from the plan alone.
     """
 
     facts: StreamFacts
@@ -96,6 +102,8 @@ class Stream:
     dp_rank: int
     dp_size: int
     workers: int
+    divide: Divide | None = None
+    member: tuple[int, int] = (0, 1)
 
     @classmethod
     def open(
@@ -111,6 +119,8 @@ class Stream:
         dp_size: int,
         workers: int,
         turn: Turn = ALONE,
+        divide: Divide | None = None,
+        member: tuple[int, int] = (0, 1),
     ) -> Stream:
         """The stream over `sources`; their token lengths are computed when they are not stored beside the shards.
 
@@ -122,6 +132,8 @@ class Stream:
             global_batch: packs per step over all ranks, a multiple of `dp_size`.
             workers: loader processes of this rank; 0 decodes in this process.
             turn: this process's part in computing the lengths.
+            divide: plans how sequence parallelism divides a pack, in the process that makes it.
+            member: this process's place among those that share the packs of its data rank, and their number.
 
         Raises:
             ConfigError: `global_batch` does not divide, or a template or weight is wrong.
@@ -144,7 +156,7 @@ class Stream:
         planned = [replace(p, share=shares[p.name]) for p in planned]
         plan = Plan(planned, PlanRules.of(data, cost))
         facts = _facts(data, plan, opened)
-        return cls(facts, data, plan, opened, global_batch, dp_rank, dp_size, workers)
+        return cls(facts, data, plan, opened, global_batch, dp_rank, dp_size, workers, divide, member)
 
     def restore(self, data: Mapping[str, Any]) -> StreamState:
         """The state that `StreamState.to_dict` gave. Raises CheckpointError naming what differs in the data."""
@@ -161,17 +173,26 @@ class Stream:
         num_seen, step = state.num_seen, None
         plan = self.plan.steps(state.plan, self.global_batch)
         planned, ahead = tee(plan)
-        packs = self._read(pack for s in ahead for pack in s.for_rank(self.dp_rank, self.dp_size) if pack)
+        packs = self._read(pack for s in ahead for pack in self._own(s).values() if pack)
+        num_packs = self.global_batch // self.dp_size
         try:
             for step in planned:
-                own = tuple(next(packs) if p else self._filler() for p in step.for_rank(self.dp_rank, self.dp_size))
+                mine = self._own(step)
+                own = tuple(next(packs) if p else self._filler() for p in mine.values())
                 ids = tuple(self.sources[d.source_idx].shards.id(d.row) for pack in step.packs for d in pack)
                 num_seen += len(ids) + len(step.dropped)
-                yield StepBatch(own, ids, num_seen / self.facts.num_rows, step, self.facts, self.sources)
+                num_epochs = num_seen / self.facts.num_rows
+                yield StepBatch(own, tuple(mine), num_packs, ids, num_epochs, step, self.facts, self.sources)
             raise DataError(self._ended(state.plan.step if step is None else step.step + 1))
         finally:
             packs.close()
             plan.close()
+
+    def _own(self, step: PlannedStep) -> dict[int, Pack]:
+        """The packs of a step that this process makes, by their place among those of its data rank."""
+        packs = step.for_rank(self.dp_rank, self.dp_size)
+        first, (own, size) = step.step * len(packs), self.member
+        return {place: pack for place, pack in enumerate(packs) if (first + place) % size == own}
 
     def _ended(self, num_steps: int) -> str:
         caps = ", ".join(f"{s.name} ({s.max_epochs})" for s in self.plan.sources)
@@ -179,10 +200,14 @@ class Stream:
         return f"{text} by its max_epochs: {caps}; raise max_epochs of a source, or set train.steps={num_steps}"
 
     def passes(self, max_packs: int | None = None) -> Iterator[PackedBatch]:
+        """The packs of `turns` that this process makes."""
+        return (pack for pack in self.turns(max_packs) if pack is not None)
+
+    def turns(self, max_packs: int | None = None) -> Generator[PackedBatch | None, None, None]:
         """Every usable sample once in a fixed order, split over the ranks; for validation.
 
-        Every rank gets the same number of packs, because engines that shard weights wait for each other in every forward: a
-        rank without a pack in the last turn gets one of filler, without targets.
+        Every rank gets the same number of turns, because engines that shard weights wait for each other in every forward: a
+        data rank without a pack in the last turn gets one of filler, without targets. None = another member makes the pack.
 
         Args:
             max_packs: packs over all ranks; None = all.
@@ -191,22 +216,26 @@ class Stream:
         if dropped:
             log.info("one pass leaves out %d unusable samples", len(dropped))
         packs = packs[:max_packs]
-        own = packs[self.dp_rank :: self.dp_size]
-        read = self._read(iter(own))
+        own, (member, size) = packs[self.dp_rank :: self.dp_size], self.member
+        read = self._read(iter(own[member::size]))
         try:
-            yield from read
+            for turn in range(-(-len(packs) // self.dp_size)):
+                if turn % size != member:
+                    yield None
+                else:
+                    yield next(read) if turn < len(own) else self._filler()
         finally:
             read.close()
-        if len(own) < -(-len(packs) // self.dp_size):
-            yield self._filler()
 
     def _filler(self) -> PackedBatch:
         """A pack of one token without a target, where there is nothing to learn from."""
         encoder = self.sources[0].encoder
-        return collate([encoder.filler("filler", 1)], encoder.specs)
+        return divided(collate([encoder.filler("filler", 1)], encoder.specs), self.divide)
 
     def _read(self, tasks: Iterator[Pack]) -> Generator[PackedBatch, None, None]:
-        packs = read_packs(self.sources, tasks, self.workers, self.data.prefetch, self.data.sample_timeout_s)
+        packs = read_packs(
+            self.sources, tasks, self.workers, self.data.prefetch, self.data.sample_timeout_s, self.divide
+        )
         try:
             for pack in packs:
                 if pack.skipped and self.data.on_error == "raise":

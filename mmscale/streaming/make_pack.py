@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from mmscale.errors import BadSampleError, MmscaleError
@@ -12,9 +12,12 @@ from mmscale.streaming.collate import collate
 from mmscale.streaming.encode import Encoder
 from mmscale.streaming.plan import Draw, Pack
 from mmscale.streaming.shards import ShardSet
-from mmscale.types import EncodedSample, PackedBatch, Sample, Skip
+from mmscale.types import EncodedSample, PackedBatch, Sample, Skip, Spans
 
 log = get_logger(__name__)
+
+Divide = Callable[[tuple[int, ...]], Spans]
+"""Document lengths of a pack to how sequence parallelism divides it."""
 
 MAX_DETAIL = 500
 """Characters that are kept of a skip's detail."""
@@ -41,6 +44,7 @@ def make_pack(
     pack: Pack,
     faults: Mapping[int, Fault] | None = None,
     at: Callable[[int], None] = lambda _document: None,
+    divide: Divide | None = None,
 ) -> PackedBatch:
     """The finished pack, whose documents have the order and the lengths of the plan whatever happens.
 
@@ -49,6 +53,7 @@ def make_pack(
         pack: at least one document.
         faults: documents, by their number in the pack, that become filler without being looked at.
         at: is told the number of each document before it is decoded, and -1 after the last.
+        divide: plans `PackedBatch.spans`; None = the pack is not divided.
 
     Raises:
         DataError: a shard has changed or cannot be read.
@@ -60,7 +65,12 @@ def make_pack(
         # popped, so that the bytes of a sample do not outlive their use
         documents.append(_document(sources[draw.source_idx], draw, samples.pop(i), skips))
     at(-1)
-    return collate(documents, sources[0].encoder.specs, skips)
+    return divided(collate(documents, sources[0].encoder.specs, skips), divide)
+
+
+def divided(pack: PackedBatch, divide: Divide | None) -> PackedBatch:
+    """The pack with its `spans`."""
+    return pack if divide is None else replace(pack, spans=divide(pack.lengths))
 
 
 def _read(sources: Sequence[Source], pack: Pack, faults: Mapping[int, Fault]) -> dict[int, Sample | BadSampleError]:

@@ -26,7 +26,17 @@ class DataStep(Protocol):
 
     @property
     def packs(self) -> tuple[PackedBatch, ...]:
-        """This rank's packs in micro-batch order."""
+        """The packs that this rank has made, in micro-batch order: all of its data rank's, or its share of them."""
+        ...
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """The micro-batch that each of `packs` is of."""
+        ...
+
+    @property
+    def num_packs(self) -> int:
+        """Micro-batches of this step on this data rank."""
         ...
 
     @property

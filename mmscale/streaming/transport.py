@@ -15,6 +15,7 @@ import pickle
 import socket
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,30 @@ def message(value: object) -> bytearray:
     """The bytes that `receive` understands, for a sender that must not wait."""
     parts = _split(value)
     return _message(parts, _size(parts))
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A value as bytes that are not yet in one place; its tensors are not copied and must not change until it is written."""
+
+    parts: tuple[Part, ...]
+    num_bytes: int
+
+    @classmethod
+    def of(cls, value: object) -> Block:
+        """The block of `value`, whose tensors are as for `send`."""
+        parts = _split(value)
+        return cls(tuple(parts), _size(parts))
+
+    def write(self, out: memoryview) -> None:
+        """Copies the block to the beginning of `out`."""
+        for start, part in _places(self.parts):
+            out[start : start + len(part)] = part
+
+
+def read_block(block: memoryview) -> Any:
+    """The value of a written block. Its tensors are views of it, aligned when it begins at a multiple of 64 bytes."""
+    return _join(block)
 
 
 def receive(channel: socket.socket) -> Any:
@@ -118,8 +143,7 @@ def _size(parts: Sequence[Part]) -> int:
 def _message(parts: Sequence[Part], size: int) -> bytearray:
     out = bytearray(_HEAD.size + size)
     out[: _HEAD.size] = _HEAD.pack(size)
-    for start, part in _places(parts):
-        out[_HEAD.size + start : _HEAD.size + start + len(part)] = part
+    Block(tuple(parts), size).write(memoryview(out)[_HEAD.size :])
     return out
 
 

@@ -21,7 +21,7 @@ from mmscale.config.env import set_env_default
 from mmscale.errors import ConfigError, DataError, MmscaleError
 from mmscale.logging import get_logger
 from mmscale.streaming import transport
-from mmscale.streaming.make_pack import Fault, Source, make_pack
+from mmscale.streaming.make_pack import Divide, Fault, Source, make_pack
 from mmscale.streaming.plan import Pack
 from mmscale.streaming.process import LoaderProcess
 from mmscale.types import PackedBatch
@@ -41,7 +41,12 @@ _LOOK_S = 0.25
 
 
 def read_packs(
-    sources: Sequence[Source], packs: Iterator[Pack], num_workers: int, prefetch: int, timeout_s: float
+    sources: Sequence[Source],
+    packs: Iterator[Pack],
+    num_workers: int,
+    prefetch: int,
+    timeout_s: float,
+    divide: Divide | None = None,
 ) -> Generator[PackedBatch, None, None]:
     """The finished packs of `packs`, in order; close the generator to end its worker processes.
 
@@ -51,18 +56,19 @@ def read_packs(
         num_workers: processes; 0 works in this process.
         prefetch: packs that each worker prepares ahead.
         timeout_s: a sample that a worker decodes for longer, while the trainer waits for it, is given up.
+        divide: see `make_pack`.
 
     Raises:
         DataError: a shard changed while it was read, or workers die again and again.
     """
     if not num_workers:
         for pack in packs:
-            yield make_pack(sources, pack)
+            yield make_pack(sources, pack, divide=divide)
         return
     # The tokenizer's threads do not survive a fork; without this the library says so once per worker.
     set_env_default("TOKENIZERS_PARALLELISM", "false")
     tasks = (_Task(number, pack) for number, pack in enumerate(packs))
-    with _Pool(sources, num_workers, timeout_s) as pool:
+    with _Pool(sources, num_workers, timeout_s, divide) as pool:
         for task in islice(tasks, num_workers * prefetch):
             pool.give(task)
         while pool.is_busy:
@@ -93,9 +99,10 @@ class _WorkerEnded(Exception):
 class _Worker:
     """A process with its place in the pool, and the tasks that it owes, oldest first."""
 
-    def __init__(self, sources: Sequence[Source], timeout_s: float) -> None:
+    def __init__(self, sources: Sequence[Source], timeout_s: float, divide: Divide | None) -> None:
         self._sources = sources
         self._timeout_s = timeout_s
+        self._divide = divide
         self.owed: deque[_Task] = deque()
         self.restarts = 0
         self.start()
@@ -105,7 +112,7 @@ class _Worker:
         self._at = memoryview(mmap.mmap(-1, 8)).cast("q")  # shared with the process: the document that it is at
         self._at[0] = -1
         self._unsent = bytearray().join(transport.message(task) for task in self.owed)
-        self._process = LoaderProcess(_work, self._sources, self._at)
+        self._process = LoaderProcess(_work, self._sources, self._at, self._divide)
 
     def give(self, task: _Task) -> None:
         """Adds a task; never waits."""
@@ -164,9 +171,9 @@ class _Worker:
 class _Pool:
     """Worker processes that take tasks in turn, so that their results come in the order of the tasks."""
 
-    def __init__(self, sources: Sequence[Source], num_workers: int, timeout_s: float) -> None:
+    def __init__(self, sources: Sequence[Source], num_workers: int, timeout_s: float, divide: Divide | None) -> None:
         self._sources = sources
-        self._workers = [_Worker(sources, timeout_s) for _ in range(num_workers)]
+        self._workers = [_Worker(sources, timeout_s, divide) for _ in range(num_workers)]
         self._owner = os.getpid()
         self._given = self._taken = 0
         self._ends: deque[tuple[int, str]] = deque()
@@ -231,7 +238,7 @@ def _too_many(ends: Sequence[str]) -> str:
     return f"expected {most}, {found}; {remedy}"
 
 
-def _work(channel: socket.socket, sources: Sequence[Source], at: memoryview) -> None:
+def _work(channel: socket.socket, sources: Sequence[Source], at: memoryview, divide: Divide | None) -> None:
     """A worker's life: tasks in, results out, until the trainer closes its end."""
 
     def start(document: int) -> None:
@@ -240,14 +247,16 @@ def _work(channel: socket.socket, sources: Sequence[Source], at: memoryview) -> 
     while True:
         try:
             task: _Task = transport.receive(channel)
-            transport.send(channel, _result(sources, task, start))
+            transport.send(channel, _result(sources, task, start, divide))
         except EOFError:
             return
 
 
-def _result(sources: Sequence[Source], task: _Task, start: Callable[[int], None]) -> PackedBatch | MmscaleError:
+def _result(
+    sources: Sequence[Source], task: _Task, start: Callable[[int], None], divide: Divide | None
+) -> PackedBatch | MmscaleError:
     try:
-        return make_pack(sources, task.pack, task.faults, start)
+        return make_pack(sources, task.pack, task.faults, start, divide)
     except DataError as error:
         return error
     except MmscaleError as error:

@@ -13,14 +13,11 @@ import json
 import os
 import platform
 import shutil
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 
 import mmscale
 from mmscale.errors import CheckpointError
@@ -39,6 +36,7 @@ from mmscale.train.checkpoint_reader import (
     open_checkpoint,
     verify_checkpoint,
 )
+from mmscale.train.checkpoint_writer import write_chunks
 
 __all__ = [
     "CheckpointReader",
@@ -68,7 +66,8 @@ def save_checkpoint(
         keep_last: verified checkpoints to keep, this one included; at least 1.
 
     Raises:
-        CheckpointError: on every rank, when the disk refuses; the previous checkpoints are untouched.
+        CheckpointError: on every rank, when the disk refuses or the engine's chunks do not make up every tensor; the previous
+            checkpoints are untouched.
 
     A step that is already there and whole is left as it is.
     """
@@ -86,7 +85,7 @@ def save_checkpoint(
             if error is not None:
                 raise OSError(error)
             files.update(records or {})
-        _commit(final, tmp, step, trainer_state, files, mesh)
+        _commit(final, tmp, step, trainer_state, files, _layout(engine, mesh))
         _prune(root, keep_last)
 
     _on_main(mesh, commit)
@@ -127,15 +126,10 @@ def newest_checkpoint(root: Path) -> CheckpointReader:
 
 
 def _write_tensors(tmp: Path, engine: Engine, mesh: Mesh) -> None:
-    state = dict(engine.state_views())
-    writer = dcp.FileSystemWriter(tmp, single_file_per_rank=True, sync_files=True, thread_count=1)
     try:
-        with warnings.catch_warnings():
-            # torch warns that one process without a group saves alone, which is what we ask for.
-            warnings.simplefilter("ignore", UserWarning)
-            dcp.save(state, storage_writer=writer, process_group=mesh.host_group, no_dist=mesh.host_group is None)
-    except (CheckpointException, OSError) as error:
-        raise _disk_error(f"{type(error).__name__}: {error}") from error
+        write_chunks(tmp, engine.state_views(), engine.state_names, mesh.host_group)
+    except OSError as error:
+        raise _disk_error(str(error)) from error
 
 
 def _prepare(final: Path, tmp: Path) -> bool:
@@ -152,13 +146,18 @@ def _prepare(final: Path, tmp: Path) -> bool:
 
 
 def _commit(
-    final: Path, tmp: Path, step: int, trainer_state: Mapping[str, Any], files: dict[str, Any], mesh: Mesh
+    final: Path,
+    tmp: Path,
+    step: int,
+    trainer_state: Mapping[str, Any],
+    files: dict[str, Any],
+    layout: Mapping[str, int | str],
 ) -> None:
     versions = {"mmscale": mmscale.__version__, "torch": torch.__version__, "python": platform.python_version()}
     content = {
         "step": step,
         "trainer": dict(trainer_state),
-        "layout": {"world_size": mesh.world_size, "dp_size": mesh.dp_size},
+        "layout": dict(layout),
         "versions": versions,
     }
     _write_text(tmp / TRAINER, json.dumps(content, indent=1, sort_keys=True))
@@ -175,6 +174,18 @@ def _commit(
     _write_text(pointer, final.name + "\n")
     os.replace(pointer, final.parent / "latest")
     _fsync(final.parent)
+
+
+def _layout(engine: Engine, mesh: Mesh) -> dict[str, int | str]:
+    """What wrote the checkpoint, for people and bug reports; no reader needs it. Stage and the like stand in the config."""
+    return {
+        "engine": type(engine).__name__,
+        "world_size": mesh.world_size,
+        "dp_size": mesh.dp_size,
+        "tensor": mesh.tensor.size,
+        "ulysses": mesh.ulysses.size,
+        "ring": mesh.ring.size,
+    }
 
 
 def _choose(root: Path) -> str | None:

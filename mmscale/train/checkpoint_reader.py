@@ -14,14 +14,18 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
 from mmscale.errors import CheckpointError
+from mmscale.train.coverage import Box, coverage_problem
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 FORMAT = "mmscale-checkpoint-1"
 MANIFEST = "manifest.json"
@@ -111,34 +115,51 @@ class CheckpointReader:
         """State names of all tensors, see `parallel/engines/base.py`."""
         return frozenset(self._metadata.state_dict_metadata)
 
+    def shape(self, name: str) -> torch.Size:
+        """The shape of the whole tensor called `name`, without reading it. Raises CheckpointError when there is none."""
+        return self._entry(name).size
+
     def read(self, name: str) -> Tensor:
-        """The whole tensor called `name`, on the CPU. Raises CheckpointError when there is none or it is damaged."""
+        """The whole tensor called `name`, on the CPU. Raises CheckpointError when there is none or it is damaged.
+
+        Cost: memory of the tensor, and of its largest chunk beside it when it was written in several.
+        """
+        entry = self._entry(name)
+        if len(entry.chunks) == 1 and entry.chunks[0].sizes == entry.size:
+            return self._read_chunk(name, entry.chunks[0])
+        whole = torch.empty(entry.size, dtype=entry.properties.dtype)
+        for chunk in entry.chunks:
+            places = tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))
+            whole[places] = self._read_chunk(name, chunk)
+        return whole
+
+    def _entry(self, name: str) -> TensorStorageMetadata:
         entry = self._metadata.state_dict_metadata.get(name)
         if not isinstance(entry, TensorStorageMetadata):
             raise CheckpointError(
                 f"expected a tensor {name} in {self.path}, found {'none' if entry is None else 'something else'}; "
                 "use the version of mmscale and the model that wrote it"
             )
-        parts = [(tuple(chunk.offsets), self._read_chunk(name, chunk.offsets, chunk.sizes)) for chunk in entry.chunks]
-        if len(parts) == 1 and parts[0][1].shape == entry.size:
-            return parts[0][1]
-        whole = torch.empty(entry.size, dtype=entry.properties.dtype)
-        for offsets, part in parts:
-            whole[tuple(slice(o, o + n) for o, n in zip(offsets, part.shape, strict=True))] = part
-        return whole
+        problem = coverage_problem(entry.size, [Box(tuple(c.offsets), tuple(c.sizes)) for c in entry.chunks])
+        if problem is not None:
+            raise _damaged(self.path / ".metadata", f"{name}: {problem}, in a tensor of shape {list(entry.size)}")
+        return entry
 
-    def _read_chunk(self, name: str, offsets: torch.Size, sizes: torch.Size) -> Tensor:
-        info = self._metadata.storage_data[MetadataIndex(name, offsets)]
+    def _read_chunk(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
+        info = self._metadata.storage_data.get(MetadataIndex(name, chunk.offsets))
+        if info is None:
+            raise _damaged(self.path / ".metadata", f"{name}: no place of the chunk at {list(chunk.offsets)}")
         if "/" in info.relative_path:
             raise CheckpointError(f"expected a file name for {name} in {self.path}, found {info.relative_path!r}")
         try:
             with (self.path / info.relative_path).open("rb") as file:
-                file.seek(info.offset)
-                value = torch.load(io.BytesIO(file.read(info.length)), map_location="cpu", weights_only=True)
+                # torch reads through this view straight into the tensor; from bytes it would hold both
+                view = cast(IO[bytes], _FilePart(file, info.offset, info.length))
+                value = torch.load(view, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise _damaged(self.path / info.relative_path, f"{name}: {error}") from error
-        if not isinstance(value, Tensor) or value.shape != sizes:
-            raise _damaged(self.path / info.relative_path, f"{name} is not a tensor of shape {list(sizes)}")
+        if not isinstance(value, Tensor) or value.shape != chunk.sizes:
+            raise _damaged(self.path / info.relative_path, f"{name} is not a tensor of shape {list(chunk.sizes)}")
         return value
 
     @cached_property
@@ -161,6 +182,35 @@ class CheckpointReader:
         if not isinstance(metadata, Metadata):
             raise _damaged(path, f"found a {type(metadata).__name__}")
         return metadata
+
+
+class _FilePart(io.RawIOBase):
+    """`length` bytes of an open file from `start`, as a file of its own."""
+
+    def __init__(self, file: io.BufferedReader, start: int, length: int) -> None:
+        self._file, self._start, self._length = file, start, length
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: WriteableBuffer, /) -> int:
+        wanted = memoryview(buffer)[: max(0, self._length - self._position)]
+        self._file.seek(self._start + self._position)
+        count = self._file.readinto(wanted)
+        self._position += count
+        return count
 
 
 def open_checkpoint(path: Path, verify: bool = True) -> CheckpointReader:

@@ -1,9 +1,10 @@
 """Opens an export in a fresh process and computes the logits of a probe; run as a script by the export itself.
 
-    python -P export_proof.py FOLDER PROBE RESULT
+    python -P export_proof.py FOLDER PROBE RESULT JOB
 
-For a stock LLaVA folder nothing of mmscale is imported: transformers alone must open weights, tokenizer, processor and
-chat template, and must turn the probe's conversation and picture into the same input.
+For a stock LLaVA folder nothing of mmscale is imported until the logits are there: transformers alone must open weights,
+tokenizer, processor and chat template, and must turn the probe's conversation and picture into the same input. Only then, and
+with the export's model given up, the training model is built for the comparison.
 """
 
 from __future__ import annotations
@@ -16,16 +17,24 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 
-def main(folder: str, probe_path: str, result_path: str) -> None:
-    """Writes `logits` fp32 [L, V], and the `input_ids` [L] and `pixel_values` that the folder's own processor gives.
+def main(folder: str, probe_path: str, result_path: str, job: str) -> None:
+    """Writes what `mmscale.train.proof.compare` makes of the export's answer as JSON."""
+    found = answer(folder, load_file(probe_path))
+    from mmscale.train.proof import compare
+
+    Path(result_path).write_text(json.dumps(compare(json.loads(job), found)))
+
+
+def answer(folder: str, probe: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`logits` fp32 [L, V], and the `input_ids` [L] and `pixel_values` that the folder's own processor gives.
 
     Of an own export the `input_ids` are those of its tokenizer, with one id per medium; pixels are the probe's.
     """
-    probe = load_file(probe_path)
     messages = json.loads(bytes(probe["messages"].tolist()))
     is_own = json.loads((Path(folder) / "config.json").read_text())["model_type"] == "mmscale"
     if is_own:
@@ -51,9 +60,8 @@ def main(folder: str, probe_path: str, result_path: str) -> None:
         ids = inputs["input_ids"]
     with torch.no_grad():
         logits = model.eval()(**inputs).logits[0].float()
-    result = {"logits": logits, "input_ids": ids[0], **({} if is_own else {"pixel_values": inputs["pixel_values"]})}
-    save_file({name: tensor.contiguous() for name, tensor in result.items()}, result_path)
     assert is_own or "mmscale" not in sys.modules, "a stock export must not need mmscale"
+    return {"logits": logits, "input_ids": ids[0], **({} if is_own else {"pixel_values": inputs["pixel_values"]})}
 
 
 if __name__ == "__main__":

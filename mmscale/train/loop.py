@@ -17,6 +17,8 @@ from mmscale.logging import get_logger
 from mmscale.parallel.comm import broadcast_object, gather_objects, sum_floats, sum_ints
 from mmscale.parallel.engines.base import StepResult
 from mmscale.parallel.mesh import Mesh
+from mmscale.parallel.share import Shared, share_packs
+from mmscale.parallel.sp.attention import check_same_plan
 from mmscale.streaming.protocol import DataState, DataStep
 from mmscale.train.checkpoint import save_checkpoint
 from mmscale.train.metrics import Reporter, StepMetrics, resident_gb
@@ -29,19 +31,26 @@ log = get_logger(__name__)
 
 KINDS = ("text", *MODALITIES)
 
+CHECK_PLAN_EVERY = 100
+"""Steps between checks that the ranks of a replica have the same plans; the first step of a start is checked too."""
+
 MAX_BAD_STEPS = 3
 """Steps in a row without a finite loss and gradient after which a run stops; none of them is ever saved."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepTotals:
-    """Facts about one global batch that every rank must agree on before it starts; summed over all ranks."""
+    """Facts about one global batch that every rank must agree on before it starts; summed over all ranks.
+
+    `mflop`: millions of operations, forward and backward.
+    """
 
     stops: int
     targets: int
     num_skips: int
     tokens: dict[str, int]
     target_tokens: dict[str, int]
+    mflop: int
 
 
 def train(config: Config, mesh: Mesh, stop: StopFlag) -> None:
@@ -62,7 +71,7 @@ def train(config: Config, mesh: Mesh, stop: StopFlag) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """When a step began (`time.perf_counter` seconds) and how long it then waited for the loader, in seconds."""
+    """When a step began (`time.perf_counter` seconds) and how long it then waited for its packs, in seconds."""
 
     step: int
     started: float
@@ -78,12 +87,15 @@ def _steps(run: Run, reporter: Reporter, stop: StopFlag) -> None:
         for step in range(run.first_step, config.train.steps + 1):
             started = time.perf_counter()
             batch = next(batches)
+            shared = share_packs(run.sharing, batch.packs, batch.places, batch.num_packs)
             clock = Clock(step, started, time.perf_counter() - started)
-            totals = agree(run.mesh, batch, stop)
+            totals = agree(run, batch, stop)
             if totals.stops:
                 _stop(run, reporter, state, step - 1, saved)
                 return
-            state, is_finite = _step(run, reporter, state, batch, totals, clock)
+            if step == run.first_step or step % CHECK_PLAN_EVERY == 0:
+                _check_plans(run.mesh, shared)
+            state, is_finite = _step(run, reporter, state, batch, shared, totals, clock)
             num_bad = 0 if is_finite else num_bad + 1
             if num_bad == MAX_BAD_STEPS or (num_bad and step == config.train.steps):
                 raise DivergedError(
@@ -100,19 +112,32 @@ def _steps(run: Run, reporter: Reporter, stop: StopFlag) -> None:
     mark_done(run)
 
 
+def _check_plans(mesh: Mesh, shared: Shared) -> None:
+    for spans in shared.spans or ():
+        check_same_plan(mesh, spans)
+
+
 def _step(
-    run: Run, reporter: Reporter, before: DataState | None, batch: DataStep, totals: StepTotals, clock: Clock
+    run: Run,
+    reporter: Reporter,
+    before: DataState | None,
+    batch: DataStep,
+    shared: Shared,
+    totals: StepTotals,
+    clock: Clock,
 ) -> tuple[DataState, bool]:
     """One optimizer step and its report; gives the data state after it, and whether loss and gradient were finite."""
     step = clock.step
-    # by counter, not by state: whatever is random in the model depends on seed, step and rank alone
-    torch.manual_seed((run.config.train.seed << 32) + (step << 12) + run.mesh.rank)
+    # by counter, not by state: whatever is random in the model depends on seed, step and the part of the data alone, so that
+    # tensor-parallel ranks, which work on the same part, draw the same
+    part = run.mesh.dp_rank * run.mesh.sequence.size + run.mesh.sequence.rank
+    torch.manual_seed((run.config.train.seed << 32) + (step << 12) + part)
     if totals.targets:
-        local_loss = run.engine.forward_backward(batch.packs, totals.targets)
+        local_loss = run.engine.forward_backward(shared.batches, totals.targets)
         result = run.engine.step(_learning_rates(run, step))
     else:  # nothing to learn from on any rank: no mean exists, and every rank knows it
         local_loss, result = 0.0, StepResult(0.0, skipped=True)
-    loss = sum_floats(run.mesh, [local_loss])[0] / max(1, totals.targets)
+    loss = _sum_losses(run.mesh, local_loss) / max(1, totals.targets)
     skips = _all_skips(run.mesh, batch.packs) if totals.num_skips else ()
     state = batch.state_after(before, skips)
     metrics = _metrics(run, batch, totals, clock, result, loss, state)
@@ -123,23 +148,30 @@ def _step(
     return state, math.isfinite(loss) and math.isfinite(result.grad_norm)
 
 
+def _sum_losses(mesh: Mesh, local_loss: float) -> float:
+    """The sum over all ranks, in which the loss of tensor-parallel ranks, which is the same, counts once."""
+    return sum_floats(mesh, [local_loss if mesh.speaks_for_replica else 0.0])[0]
+
+
 def _learning_rates(run: Run, step: int) -> list[float]:
     """The learning rate of each parameter group in a step."""
     return [group.lr * lr_factor(step, run.config.train) for group in run.groups]
 
 
-def agree(mesh: Mesh, batch: DataStep, stop: StopFlag) -> StepTotals:
-    """Counts of the global batch, and whether any rank was asked to stop: one small all-reduce on host memory."""
+def agree(run: Run, batch: DataStep, stop: StopFlag) -> StepTotals:
+    """Counts of the global batch, and whether any rank was asked to stop: one small all-reduce on host memory.
+
+    Each rank counts the packs that it has made, so every pack counts once.
+    """
     own = [int(stop.is_set), sum(p.num_targets for p in batch.packs), sum(len(p.skipped) for p in batch.packs)]
     own += [sum(p.tokens.get(kind, 0) for p in batch.packs) for kind in KINDS]
     by_kind = [target_kinds(p) for p in batch.packs]
     own += [sum(counts[kind] for counts in by_kind) for kind in KINDS]
-    total = sum_ints(mesh, own)
+    own.append(sum(round(run.flops.pack(p) / 1e6) for p in batch.packs))
+    total = sum_ints(run.mesh, own)
     n = len(KINDS)
-    tokens, targets = total[3 : 3 + n], total[3 + n :]
-    return StepTotals(
-        total[0], total[1], total[2], dict(zip(KINDS, tokens, strict=True)), dict(zip(KINDS, targets, strict=True))
-    )
+    tokens, targets = (dict(zip(KINDS, total[at : at + n], strict=True)) for at in (3, 3 + n))
+    return StepTotals(total[0], total[1], total[2], tokens, targets, mflop=total[-1])
 
 
 def target_kinds(pack: PackedBatch) -> dict[str, int]:
@@ -167,8 +199,7 @@ def _metrics(
     took = time.perf_counter() - clock.started
     tokens = sum(totals.tokens.values())
     peak = run.config.run.peak_tflops
-    # an estimate: this rank's packs stand for those of the others, which cost about the same by plan
-    flops = sum(run.flops.pack(pack) for pack in batch.packs) * run.mesh.dp_size
+    sent, waited_s = run.mesh.meter.take()
     return StepMetrics(
         step=clock.step,
         loss=loss,
@@ -178,7 +209,7 @@ def _metrics(
         tokens=totals.tokens,
         target_tokens=totals.target_tokens,
         tokens_per_s=tokens / took,
-        mfu=None if peak is None else flops / took / (run.mesh.world_size * peak * 1e12),
+        mfu=None if peak is None else totals.mflop * 1e6 / took / (run.mesh.world_size * peak * 1e12),
         data_wait_frac=clock.waited / took,
         fill=tokens / (run.config.train.global_batch * run.config.data.seq_len),
         skipped=state.num_skipped,
@@ -186,6 +217,8 @@ def _metrics(
         epoch=batch.num_epochs,
         memory_gb=resident_gb(),
         update_skipped=result.skipped,
+        comm_bytes=sent,
+        comm_wait_s=waited_s,
     )
 
 
@@ -193,11 +226,14 @@ def validate(run: Run, reporter: Reporter, step: int) -> None:
     """Mean loss over the validation targets, every row once, the same on any number of ranks."""
     assert run.eval_stream is not None, "check_config refuses eval.every without eval.sources"
     loss, targets = 0.0, 0
-    for pack in run.eval_stream.passes(run.config.eval.max_packs):
-        loss += run.engine.evaluate(pack)
-        targets += pack.num_targets
+    for pack in run.eval_stream.turns(run.config.eval.max_packs):
+        own = () if pack is None else (pack,)
+        for batch in share_packs(run.sharing, own, (0,) * len(own), 1).batches:
+            loss += run.engine.evaluate(batch)
+        targets += sum(p.num_targets for p in own)
     all_targets = sum_ints(run.mesh, [targets])[0]
-    reporter.validation(step, sum_floats(run.mesh, [loss])[0] / max(1, all_targets), all_targets)
+    run.mesh.meter.take()  # the next step tells what it sends itself
+    reporter.validation(step, _sum_losses(run.mesh, loss) / max(1, all_targets), all_targets)
 
 
 def save(run: Run, reporter: Reporter, state: DataState, step: int) -> Path:

@@ -33,7 +33,8 @@ class StepMetrics:
     `loss`: mean over the target tokens of the global batch. `tokens`: positions by what they hold. `target_tokens`: loss
     terms by the medium in their document (`text` = none). `fill`: useful tokens / (packs * seq_len). `skipped`: samples
     drawn and not delivered so far in the run, for any reason. `mfu`: null unless `run.peak_tflops` is set. Times in seconds; the loader's share of the step
-    is `data_wait_frac`.
+    is `data_wait_frac`. `comm_bytes`: what rank 0 sent in the step, by kind, counted where it is sent; `comm_wait_s`: how long
+    rank 0 did nothing but wait for such a transfer. Both leave out what the engines send.
     """
 
     step: int
@@ -52,6 +53,8 @@ class StepMetrics:
     epoch: float
     memory_gb: float
     update_skipped: bool
+    comm_bytes: dict[str, int]
+    comm_wait_s: float
 
 
 class JsonLines:
@@ -121,6 +124,10 @@ class Reporter:
         if self._tensorboard is not None:
             for name in ("loss", "grad_norm", "lr", "tokens_per_s", "fill", "data_wait_frac"):
                 self._tensorboard.add_scalar(f"train/{name}", getattr(metrics, name), metrics.step)
+            for kind, sent in metrics.comm_bytes.items():
+                self._tensorboard.add_scalar(f"comm_bytes/{kind}", sent, metrics.step)
+            if metrics.comm_bytes:
+                self._tensorboard.add_scalar("train/comm_wait_s", metrics.comm_wait_s, metrics.step)
         self._show(metrics)
 
     def validation(self, step: int, loss: float, targets: int) -> None:

@@ -12,6 +12,9 @@ from torch import nn
 from mmscale.config.schema import PartConfig, TrainConfig
 from mmscale.errors import ConfigError
 
+_EMBEDDING_FACTS = {"num_embeddings", "embedding_dim"}
+"""What tells an embedding, torch's or a vocabulary-parallel one, from other modules."""
+
 
 class HasParts(Protocol):
     """A model that names its parts, such as `llm` and `vision_connector`; together they hold every parameter."""
@@ -45,7 +48,8 @@ def param_groups(model: HasParts, train: TrainConfig) -> list[ParamGroup]:
     assert isinstance(model, nn.Module), "a model with parts is a module"
     parts = dict(model.parts())
     settings = part_settings(parts, train)
-    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    tables = [m for m in model.modules() if vars(m).keys() >= _EMBEDDING_FACTS]
+    embeddings = {id(p) for m in tables for p in m.parameters(recurse=False)}
     names = {id(param): name for name, param in model.named_parameters()}
     groups: list[ParamGroup] = []
     owner: dict[int, str] = {}

@@ -20,18 +20,29 @@ import mmscale
 from mmscale import logging
 from mmscale.config.checks import check_config, check_lengths
 from mmscale.config.cost import run_cost
+from mmscale.config.layouts import check_degrees
+from mmscale.config.llm import llm_sizes
 from mmscale.config.load import dump_config
 from mmscale.config.mixture import is_stream_mode
-from mmscale.config.schema import Config, SourceConfig
+from mmscale.config.schema import Config, CostConfig, ParallelConfig, SourceConfig, TrainConfig
 from mmscale.config.specs import extra_tokens, media_specs
-from mmscale.errors import CheckpointError, RefusedInputError
+from mmscale.errors import CheckpointError, ConfigError, RefusedInputError
+from mmscale.kernels.attention.select import explain
 from mmscale.model.composite import MultimodalLM, build_model
+from mmscale.model.llm.attention import check_positions
 from mmscale.parallel.apply import external_parts, make_engine
 from mmscale.parallel.comm import all_gather_objects, barrier, broadcast_object, sum_ints
 from mmscale.parallel.engines.base import Engine
+from mmscale.parallel.layout import ShardLayout
 from mmscale.parallel.mesh import Mesh
+from mmscale.parallel.share import Sharing
+from mmscale.parallel.sp.choose import resolve_layout
+from mmscale.parallel.sp.media import tower_inputs
+from mmscale.parallel.sp.split import divide
+from mmscale.parallel.tensor.shard import shard_tensor
 from mmscale.streaming.lengths import Turn
 from mmscale.streaming.loader import Stream
+from mmscale.streaming.make_pack import Divide
 from mmscale.streaming.protocol import DataState, DataStream
 from mmscale.streaming.tokenizer import TextTokenizer
 from mmscale.streaming.unindexed.stream import UnindexedStream
@@ -56,6 +67,7 @@ class Run:
 
     config: Config
     mesh: Mesh
+    sharing: Sharing
     stream: DataStream
     eval_stream: Stream | None
     engine: Engine
@@ -153,13 +165,24 @@ def _prepare_folder(config: Config) -> None:
 
 
 def _assemble(config: Config, mesh: Mesh) -> Run:
+    _kernel_text(config, mesh)  # refused before the seconds of the rest
     tokenizer = load_tokenizer(config)
     specs = media_specs(config.model, config.data)
-    stream = _training_stream(config, tokenizer, specs, mesh)
-    eval_stream = _open_stream(config, config.eval.sources, tokenizer, specs, mesh) if config.eval.every else None
+    cost = run_cost(config, specs, tokenizer.vocab_size)
+    sharing = open_sharing(config.parallel, mesh, specs, cost)
+    opening = _Opening(config, tokenizer, specs, cost, sharing)
+    stream = _training_stream(opening)
+    eval_stream = _open_stream(opening, config.eval.sources) if config.eval.every else None
     reader = find_checkpoint(Path(config.run.dir) / "checkpoints", mesh)
     model = build_model(config, tokenizer.vocab_size, specs)
     check_lengths(config, specs, getattr(model.llm.config, "max_position_embeddings", None))
+    check_positions(model.llm.config, config.data.seq_len)
+    if mesh.replica.size > 1:  # with the defaults of the family's configuration
+        check_degrees(config.parallel, llm_sizes(model.llm.config.to_dict()), config.data.seq_len)
+    flops = flop_model(model.parts(), _trained_parts(config.train))
+    layouts: Mapping[str, ShardLayout] = {}
+    if mesh.tensor.size > 1:
+        layouts = shard_tensor(model, mesh, config.parallel)
     groups = param_groups(model, config.train)
     external = external_parts(config.model, config.train)
     hashes = broadcast_object(
@@ -170,12 +193,11 @@ def _assemble(config: Config, mesh: Mesh) -> Run:
     if reader is not None:
         _check_external(reader, external, hashes)
     engine = make_engine(
-        model, build_optimizer(groups, config.train), config.parallel, config.train, mesh, external, reader
+        model, build_optimizer(groups, config.train), config.parallel, config.train, mesh, external, reader, layouts
     )
-    flops = flop_model(model.parts(), sorted({group.part for group in groups}))
     first_step = 1 if reader is None else reader.step + 1
     sources = {name: {"path": path, "sha256": hashes[name]} for name, path in external.items()}
-    return Run(config, mesh, stream, eval_stream, engine, groups, flops, first_step, state, sources)
+    return Run(config, mesh, sharing, stream, eval_stream, engine, groups, flops, first_step, state, sources)
 
 
 def weights_sha256(folder: str) -> str:
@@ -205,31 +227,66 @@ def load_tokenizer(config: Config) -> TextTokenizer:
     return TextTokenizer.load(section.path, (*section.add_tokens, *extra_tokens(config.data)), section.pad_to_multiple)
 
 
-def _training_stream(config: Config, tokenizer: TextTokenizer, specs: MediaSpecs, mesh: Mesh) -> DataStream:
+def open_sharing(parallel: ParallelConfig, mesh: Mesh, specs: MediaSpecs, cost: CostConfig) -> Sharing:
+    """How the packs of a run come to the ranks of a replica. Raises ConfigError when `parallel.sp` should be decided and is not."""
+    if parallel.sp == "auto" and mesh.sequence.size > 1:
+        raise ConfigError(
+            f"parallel.sp: a kind is expected where {mesh.sequence.size} ranks share a pack already, found 'auto'; start the run with "
+            "`mmscale train`, which decides it before it makes the mesh, or set parallel.sp"
+        )
+    kind = "exchange" if parallel.sp == "auto" else parallel.sp
+    return Sharing(mesh, tower_inputs(specs, cost), kind, parallel.attention)
+
+
+@dataclass(frozen=True)
+class _Opening:
+    """What the streams of a run are opened with."""
+
+    config: Config
+    tokenizer: TextTokenizer
+    specs: MediaSpecs
+    cost: CostConfig
+    sharing: Sharing
+
+    @property
+    def divide(self) -> Divide | None:
+        """How packs are planned for the sequence ranks; None when there is one."""
+        mesh, layout = self.sharing.mesh, resolve_layout(self.config.parallel)
+        if mesh.sequence.size == 1:
+            return None
+        return partial(divide, ulysses=mesh.ulysses.size, ring=mesh.ring.size, layout=layout)
+
+
+def _training_stream(opening: _Opening) -> DataStream:
     """The training data, indexed or in stream mode."""
+    config, mesh = opening.config, opening.sharing.mesh
     sources = config.data.sources
     if not is_stream_mode("data.sources", sources):
-        return _open_stream(config, sources, tokenizer, specs, mesh)
+        return _open_stream(opening, sources)
     return UnindexedStream.open(
-        config.data, sources, tokenizer, specs, global_batch=config.train.global_batch, dp_rank=mesh.dp_rank,
+        config.data, sources, opening.tokenizer, opening.specs, global_batch=config.train.global_batch, dp_rank=mesh.dp_rank,
         dp_size=mesh.dp_size, workers=config.data.workers, exchange=partial(all_gather_objects, mesh),
     )  # fmt: skip
 
 
-def _open_stream(
-    config: Config, sources: Mapping[str, SourceConfig], tokenizer: TextTokenizer, specs: MediaSpecs, mesh: Mesh
-) -> Stream:
+def _open_stream(opening: _Opening, sources: Mapping[str, SourceConfig]) -> Stream:
     """The stream of some sources; the ranks share the work of computing lengths that are not stored yet."""
+    config, mesh = opening.config, opening.sharing.mesh
     together = _Together(mesh)
     stream = Stream.open(
-        config.data, sources, tokenizer, specs, cost=run_cost(config, specs, tokenizer.vocab_size),
-        global_batch=config.train.global_batch,
+        config.data, sources, opening.tokenizer, opening.specs, cost=opening.cost, global_batch=config.train.global_batch,
         dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, workers=config.data.workers,
         turn=Turn(mesh.rank, mesh.world_size, together.still_working),
+        divide=opening.divide, member=opening.sharing.member,
     )  # fmt: skip
     together.wait()
     _check_same_data(mesh, stream.facts.digests())
     return stream
+
+
+def _trained_parts(train: TrainConfig) -> list[str]:
+    """Names of the parts that are trained."""
+    return sorted(name for name, part in train.parts if part is not None and part.tune != "frozen")
 
 
 def _check_same_data(mesh: Mesh, digests: Mapping[str, str]) -> None:
@@ -295,10 +352,13 @@ def _print_header(run: Run) -> None:
     log.info("mmscale %s%s, torch %s, %s", mmscale.__version__, _commit(), torch.__version__, mesh.device)
     log.info("run %s; the resolved config is config.yaml there", run.folder)
     log.info(
-        "%d processes: %d data-parallel, engine %s; %d packs of %d tokens per step = %d tokens",
-        mesh.world_size, mesh.dp_size, type(run.engine).__name__, train.global_batch, config.data.seq_len,
+        "%d processes: %s, engine %s; %d packs of %d tokens per step = %d tokens",
+        mesh.world_size, _grid_text(run), type(run.engine).__name__, train.global_batch, config.data.seq_len,
         train.global_batch * config.data.seq_len,
     )  # fmt: skip
+    log.info("%s", _kernel_text(config, mesh))
+    if mesh.tensor.size > 1:
+        log.info("tensor parallelism divides the language model; the numbers of parameters are those of one rank")
     for group in run.groups:
         size = sum(p.numel() if p.numel() else getattr(p, "ds_numel", 0) for p in group.params)
         log.info(
@@ -310,3 +370,24 @@ def _print_header(run: Run) -> None:
         )
     if run.first_step > 1:
         log.info("resumed after step %d of %d", run.first_step - 1, train.steps)
+
+
+def _grid_text(run: Run) -> str:
+    """The degrees, and how the sequence ranks work together."""
+    mesh, parallel = run.mesh, run.config.parallel
+    if mesh.replica.size == 1:
+        return f"{mesh.dp_size} data-parallel"
+    degrees = f"tensor {mesh.tensor.size} x ulysses {mesh.ulysses.size} x ring {mesh.ring.size} x data {mesh.dp_size}"
+    if mesh.ring.size == 1:
+        return degrees
+    return f"{degrees} (keys by {run.sharing.kind}, tokens {resolve_layout(parallel)})"
+
+
+def _kernel_text(config: Config, mesh: Mesh) -> str:
+    """Which attention kernel is used, and why. Raises ConfigError when the configured one cannot be."""
+    dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
+    name = config.parallel.attention
+    try:
+        return explain(name, mesh.device, dtype)
+    except ValueError as error:
+        raise ConfigError(f"parallel.attention={name}: {error}; use 'auto' or another kernel") from error

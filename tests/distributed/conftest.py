@@ -17,7 +17,9 @@ def ranks() -> Iterator[Callable[[int], Ranks]]:
     pools: dict[int, Ranks] = {}
 
     def get(world_size: int) -> Ranks:
-        if world_size not in pools:
+        if (
+            world_size not in pools or pools[world_size].is_closed
+        ):  # a failed test ends its pool, not the tests after it
             pools[world_size] = Ranks(world_size)
         return pools[world_size]
 

@@ -9,6 +9,7 @@ import gc
 import importlib.util
 import multiprocessing
 import os
+import secrets
 import socket
 import sys
 import traceback
@@ -17,9 +18,11 @@ from multiprocessing.connection import Connection
 from types import ModuleType
 from typing import Any
 
-TIMEOUT_S = 60
+TIMEOUT_S = 150  # a hang, and not a machine with other work
 PRELOAD = [
     "mmscale.train.loop",
+    "megatron.core.parallel_state",
+    "megatron.core.tensor_parallel",
     # what deepspeed imports only when it builds an engine
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "deepspeed.runtime.superoffload.superoffload_stage3",
@@ -35,9 +38,7 @@ class Ranks:
         os.environ["OMP_NUM_THREADS"] = "1"
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = _free_port()
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(world_size):
@@ -64,12 +65,25 @@ class Ranks:
             results.append(value)
         return results
 
+    @property
+    def is_closed(self) -> bool:
+        return not self._processes
+
     def close(self) -> None:
         for process in self._processes:
             process.kill()
         for process in self._processes:
             process.join()
         self._processes = []
+
+
+def _free_port() -> int:
+    """A port below those that the kernel hands out to connections, one of which could take it before rank 0 does."""
+    while True:
+        port = 15_000 + secrets.randbelow(15_000)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return port
 
 
 def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:

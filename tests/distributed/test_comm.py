@@ -37,7 +37,7 @@ def test_collectives_give_every_rank_the_same(ranks) -> None:
 
 
 def who(mesh: Mesh) -> Any:
-    return mesh.rank, mesh.dp_rank, mesh.dp_size, mesh.world_size, mesh.is_main, mesh.host_group is mesh.dp_group
+    return mesh.rank, mesh.dp_rank, mesh.dp_size, mesh.world_size, mesh.is_main, mesh.host_group is mesh.grads.group
 
 
 def test_each_rank_knows_its_place(ranks) -> None:

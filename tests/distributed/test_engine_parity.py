@@ -1,4 +1,4 @@
-"""1, 2 and 4 ranks, ZeRO-1, 2 and 3, with and without accumulation, train like one plain torch process.
+"""1, 2 and 4 ranks, ZeRO-1, 2, 3 and FSDP2, with and without accumulation, train like one plain torch process.
 
 SGD as well as AdamW, clipping off and on: AdamW and clipping hide a wrong scale of the gradient.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import LR, Batch, TinyModel, build, documents, micro_batches, train_config, train_steps, whole_state
+from tiny_run import FSDP, LR, Batch, TinyModel, build, documents, micro_batches, train_config, train_steps, whole_state
 
 from mmscale.config.env import Launch
 from mmscale.config.schema import ParallelConfig
@@ -76,12 +76,12 @@ def differences(runs: list[Any], optimizer: str, clip: float, seed: int) -> tupl
     return loss, norm, max((state[name] - value).abs().max().item() for name, value in weights.items())
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, 2, 3, FSDP])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize(
     ("optimizer", "clip", "accumulation"), [("sgd", 0.0, 4), ("sgd", CLIP, 1), ("adamw", 0.0, 1), ("adamw", CLIP, 4)]
 )
-def test_zero_equals_plain_torch(ranks, stage, world_size, optimizer, clip, accumulation, seed) -> None:
+def test_engine_equals_plain_torch(ranks, stage, world_size, optimizer, clip, accumulation, seed) -> None:
     runs = ranks(world_size).run(engine_run, stage, optimizer, clip, accumulation, seed)
     loss, norm, weight = differences(runs, optimizer, clip, seed)
     assert loss <= 1e-5 and norm <= 1e-5 and weight <= 1e-5, (loss, norm, weight)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import build, documents, micro_batches, train_config, train_steps, whole_state
+from tiny_run import FSDP, build, documents, micro_batches, train_config, train_steps, whole_state
 
 from mmscale.errors import CheckpointError, MissingExtraError
 from mmscale.parallel.engines.deepspeed import _import_deepspeed
@@ -48,7 +48,7 @@ def resume(mesh: Mesh, root: str, stage: int, dtype: str, seed: int, external: t
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, 2, 3, FSDP])
 def test_same_layout_goes_on_bit_by_bit(ranks, tmp_path, seed, stage, dtype) -> None:
     seed %= 1000
     saved = ranks(2).run(save_and_go_on, str(tmp_path), stage, dtype, seed)
@@ -56,12 +56,12 @@ def test_same_layout_goes_on_bit_by_bit(ranks, tmp_path, seed, stage, dtype) -> 
     assert [rest for _, rest in saved] == [rest for _, rest in resumed]
 
 
+# test_layout_resume.py has all pairs of layouts on 4 ranks; here other numbers of ranks, where partitions come out otherwise
 @pytest.mark.parametrize(
     ("written_by", "read_by"),
-    [((2, 1), (1, 1)), ((1, 1), (2, 1)), ((2, 3), (1, 3)), ((1, 3), (2, 3)), ((2, 1), (2, 3)), ((2, 3), (2, 1)), ((4, 2), (2, 3)),
-     ((2, 3), (4, 2)), ((1, 0), (2, 3)), ((2, 3), (1, 0)), ((1, 0), (1, 0)), ((2, 2), (1, 0))],
+    [((2, 1), (4, 2)), ((2, 3), (1, 3)), ((1, 0), (2, 3)), ((4, 2), (2, 3)), ((2, 2), (1, 0))],
     ids=lambda layout: f"{layout[0]}ranks-zero{layout[1]}",
-)  # fmt: skip
+)
 def test_another_layout_goes_on(ranks, tmp_path, seed, written_by, read_by) -> None:
     seed %= 1000
     saved = ranks(written_by[0]).run(save_and_go_on, str(tmp_path), written_by[1], "fp32", seed)
@@ -155,7 +155,7 @@ def poisoned_step(mesh: Mesh, stage: int, dtype: str, seed: int) -> Any:
     (clean,) = micro_batches(documents(0, seed), mesh, 1)
     after = engine.evaluate(clean)
     healthy = train_steps(engine, mesh, train, range(1), 1, seed)
-    updates = [int(value) for name, value in engine.state_views() if name == "optim.num_updates"]
+    updates = [int(chunk.value) for name, chunk in engine.state_views() if name == "optim.num_updates"]
     changed = engine.evaluate(clean)
     engine.close()
     return skipped.skipped, before, after, healthy, updates, changed
@@ -177,7 +177,7 @@ def bf16_losses(mesh: Mesh, stage: int, seed: int) -> Any:
     train = train_config("sgd", dtype="bf16")
     engine = build(mesh, stage, train, seed)
     losses = train_steps(engine, mesh, train, range(3), 4, seed)
-    names = {name: value.dtype for name, value in engine.state_views()}
+    names = {name: chunk.value.dtype for name, chunk in engine.state_views()}
     model = engine._engine.module if stage else engine._model
     frequencies = model.frequencies.clone()
     engine.close()

@@ -1,4 +1,4 @@
-"""Packs on one CUDA GPU against float64 on the CPU: attention through the varlen kernel, and whole training steps."""
+"""Packs on one CUDA GPU: the attention of a model against float64, and whole training steps against the CPU."""
 
 import math
 
@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from mmscale.config.schema import Config
 from mmscale.config.specs import media_specs
 from mmscale.model.composite import build_model
-from mmscale.model.llm.attention import PackInfo, packed_attention
+from mmscale.model.llm.attention import WholePack, packed_attention
 from mmscale.streaming.collate import collate
 from mmscale.types import EncodedMedia, EncodedSample
 
@@ -43,8 +43,7 @@ def test_packed_attention_forward_and_gradients(seed, dtype, bound, kv_heads):
         torch.randn(1, h, total, 64, device="cuda", generator=generator).to(dtype) for h in (8, kv_heads, kv_heads, 8)
     )
     mine, exact = [[x.clone().to(t).requires_grad_() for x in (q, k, v)] for t in (dtype, torch.float64)]
-    cu = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()], dtype=torch.int32, device="cuda")
-    out, _ = packed_attention(SimpleNamespace(training=True), *mine, None, pack=PackInfo(LENGTHS, cu, max(LENGTHS)))
+    out, _ = packed_attention(SimpleNamespace(training=True), *mine, None, pack=WholePack(LENGTHS))
     want = reference(*exact)
     grad = g.transpose(1, 2)
     out.backward(grad)

@@ -188,6 +188,17 @@ def test_bf16_export_is_rounded_once(trained, tmp_path):
     )
 
 
+def test_without_a_proof_the_same_files_and_it_is_said(exports, trained, tmp_path):
+    mmscale = Path(sys.executable).parent / "mmscale"
+    command = [mmscale, "consolidate", trained, tmp_path / "own", "--no-proof", "--max-shard-gb", "0.001"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "not proved" in done.stdout and "proved in a fresh process" not in done.stdout
+    unproved, proved = ({n: t for f in folder.glob("*.safetensors") for n, t in load_file(f).items()}
+                        for folder in (tmp_path / "own", exports[0].folder))  # fmt: skip
+    assert unproved.keys() == proved.keys() and all(torch.equal(t, proved[n]) for n, t in unproved.items())
+
+
 def test_a_model_of_tiles_with_newlines_exports_and_answers(demo_data, tmp_path):
     from mmscale import load
     from mmscale.errors import ConfigError

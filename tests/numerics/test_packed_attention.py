@@ -1,7 +1,5 @@
 """Packed attention against float64 mathematics per document: outputs and gradients, windows, head groups, memory."""
 
-import inspect
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,12 +14,19 @@ from transformers.masking_utils import (
 )
 
 from mmscale.errors import ConfigError
-from mmscale.model.llm.attention import PackInfo, mask_parts, packed_attention, packed_mask, register
+from mmscale.model.llm.attention import (
+    WholePack,
+    check_llm,
+    check_positions,
+    mask_parts,
+    packed_attention,
+    packed_mask,
+    register,
+)
 
 
-def pack_of(lengths):
-    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
-    return PackInfo(tuple(lengths), cu, max(lengths))
+def pack_of(lengths, kernel="auto"):
+    return WholePack(tuple(lengths), kernel)
 
 
 def reference(q, k, v, lengths, window, scale):
@@ -123,49 +128,115 @@ def tiny_llm():
 
 
 @pytest.mark.parametrize(
-    "extra",
+    ("extra", "found"),
     [
-        {"softcap": 30.0},
-        {"s_aux": torch.zeros(2)},
-        {"dropout": 0.1},
-        {"attention_mask": torch.ones(1, 1, 6, 6)},
-        {"pack": None},
-        {"pack": pack_of([2, 3])},
+        ({"softcap": 30.0}, r"soft-cap of attention scores \(softcap=30.0\)"),
+        ({"dropout": 0.1}, "attention dropout 0.1"),
+        ({"attention_mask": torch.ones(1, 1, 6, 6)}, "mask tensor"),
+        ({"pack": None}, "no matching pack="),
+        ({"pack": pack_of([2, 3])}, "no matching pack="),
+        ({"pack": pack_of([2, 4], "torch_flash")}, "parallel.attention=torch_flash: .*runs on CUDA"),
+        ({"pack": pack_of([2, 4], "fast")}, "parallel.attention=fast: expected an attention kernel in auto"),
     ],
 )
-def test_attention_refuses_what_it_does_not_compute(extra):
+def test_attention_refuses_what_it_does_not_compute(extra, found):
     x = torch.randn(1, 2, 6, 4)
     arguments = {"attention_mask": None, "pack": pack_of([2, 4]), **extra}
-    with pytest.raises(ConfigError, match="plain causal attention"):
+    with pytest.raises(ConfigError, match=found):
         packed_attention(torch.nn.Module().train(), x, x, x, **arguments)
 
 
-@pytest.mark.parametrize("window", [None, 1, 7])
-def test_the_call_of_the_cuda_kernel_fits_its_signature_and_meaning(window, monkeypatch, seed):
-    """The kernel itself needs a GPU; a stand-in with torch's own signature computes what its documentation says."""
-    from torch.nn.attention import varlen
+def test_models_are_refused_by_name():
+    from transformers import AutoConfig
 
-    from mmscale.model.llm import attention
+    check_llm(AutoConfig.for_model("gpt_oss"))
+    for kind, found in (("gemma2", "soft-cap"), ("gemma3_text", "mixes masks"), ("bert", "masks are not known")):
+        with pytest.raises(ConfigError, match=found):
+            check_llm(AutoConfig.for_model(kind))
+    capped = AutoConfig.for_model("llama")
+    capped.attn_logit_softcapping = 50.0
+    with pytest.raises(ConfigError, match=r"attn_logit_softcapping=50.0"):
+        check_llm(capped)
 
-    signature = inspect.signature(varlen.varlen_attn)
-    lengths = [5, 1, 20]
 
-    def stand_in(*args, **kwargs):
-        a = signature.bind(*args, **kwargs).arguments
-        assert a["query"].is_contiguous() and a["cu_seq_q"].dtype == torch.int32
-        assert a["max_q"] == a["max_k"] == 20 and a["enable_gqa"]
-        left, right = a["window_size"]
-        assert right == 0
-        q, k, v = (a[n].transpose(0, 1)[None] for n in ("query", "key", "value"))
-        return reference(q, k, v, a["cu_seq_q"].diff().tolist(), None if left == -1 else left + 1, a["scale"])[0]
+def test_longrope_is_refused_where_a_pack_decides_its_frequencies(seed):
+    """Hugging Face takes the frequencies by the largest position of the call: within the first set they are everyone's own."""
+    from transformers import AutoConfig, AutoModel
 
-    stand_in.__signature__ = signature
-    monkeypatch.setattr(varlen, "varlen_attn", stand_in)
-    g = torch.Generator().manual_seed(seed)
-    q = torch.randn(1, 4, 26, 8, generator=g)
-    k, v = (torch.randn(1, 2, 26, 8, generator=g) for _ in "kv")
-    got = attention._varlen(q, k, v, pack_of(lengths), 0.2, window)
-    assert relative(got, reference(q, k, v, lengths, window, 0.2)) < 1e-12
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16, **factors}
+    sizes = {
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+        "intermediate_size": 8,
+        "vocab_size": 8,
+    }
+    config = AutoConfig.for_model("phi3", **sizes, pad_token_id=0, original_max_position_embeddings=16,
+                                  max_position_embeddings=64, rope_parameters=rope)  # fmt: skip
+    rotary, x, early = AutoModel.from_config(config).rotary_emb, torch.randn(1, 1, 16), torch.arange(8)
+    alone, beside_short, beside_long = (
+        rotary(x, torch.cat([early, torch.arange(n)])[None])[0][0, :8] for n in (0, 16, 17)
+    )
+    assert torch.equal(alone, beside_short) and not torch.equal(alone, beside_long)
+    check_positions(config, 16)
+    check_positions(AutoConfig.for_model("llama"), 1 << 20)
+    with pytest.raises(ConfigError, match=r"longrope .* original_max_position_embeddings=16 .* data.seq_len=17"):
+        check_positions(config, 17)
+
+
+def test_autocast_makes_one_type(tiny_llm, seed):
+    """Rotary embeddings in fp32 make queries and keys wider than the values; the kernel gets one type, as from torch's own."""
+    torch.manual_seed(seed)
+    register()
+    model = tiny_llm("llama")
+    ids, positions = torch.randint(0, 50, (1, 9)), torch.arange(9)[None]
+    logits = {}
+    for name in ("sdpa", "mmscale_packed"):
+        model.set_attn_implementation(name)
+        with torch.autocast("cpu", torch.bfloat16):
+            pack = {} if name == "sdpa" else {"pack": pack_of([9])}
+            logits[name] = model(input_ids=ids, position_ids=positions, use_cache=False, **pack).logits.float()
+    assert relative(logits["mmscale_packed"], logits["sdpa"]) < 1e-2
+
+
+def test_gpt_oss_on_a_pack_equals_its_documents(seed):
+    """Sinks, windows, experts: logits and every gradient, against Hugging Face's eager attention document by document."""
+    from transformers import AutoModelForCausalLM, GptOssConfig
+
+    torch.manual_seed(seed)
+    config = GptOssConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        vocab_size=50, num_local_experts=4, num_experts_per_tok=2, sliding_window=5, initializer_range=0.3,
+    )  # fmt: skip
+    register()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="mmscale_packed")
+    model.set_experts_implementation("eager")  # the default, a grouped product, has no float64
+    model = model.double()
+    lengths = [1, 13, 4, 30]
+    ids = torch.randint(0, 50, (1, sum(lengths)))
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    upstream = torch.randn(1, sum(lengths), 50, dtype=torch.float64)
+
+    def run(*parts):
+        model.zero_grad()
+        outs = [model(input_ids=i, position_ids=p, use_cache=False, **pack).logits for i, p, pack in parts]
+        torch.cat(outs, 1).backward(upstream)
+        return torch.cat(outs, 1).detach(), {n: p.grad.clone() for n, p in model.named_parameters()}
+
+    logits, grads = run((ids, positions, {"pack": pack_of(lengths)}))
+    leaked, _ = run((ids, positions, {"pack": pack_of([sum(lengths)])}))
+    model.set_attn_implementation("eager")
+    whole, _ = run((ids, positions, {}))
+    documents = zip(ids.split(lengths, 1), positions.split(lengths, 1), strict=True)
+    exact, exact_grads = run(*((i, p, {}) for i, p in documents))
+    tolerance = 1e-6  # parts of the model compute in fp32 in any case: norms and the softmax over experts
+    assert relative(logits, exact) < tolerance
+    for name, grad in exact_grads.items():
+        assert ((grads[name] - grad).norm() / grad.norm()).item() < tolerance, name
+    assert any("sinks" in n and g.any() for n, g in grads.items())
+    assert relative(leaked, exact) > 1e-2, "negative control: one document"
+    assert relative(whole, exact) > 1e-2, "GPT-OSS itself does not isolate documents"
 
 
 def test_known_masks_pass_and_all_others_are_refused():

@@ -76,9 +76,9 @@ def test_what_was_saved_is_read_back(root) -> None:
     assert reader is not None and reader.step == 7 and reader.trainer == {**STATE, "at": 7}
     state = dict(engine.state_views())
     assert reader.names == frozenset(state)
-    for name, value in state.items():
+    for name, chunk in state.items():
         got = reader.read(name)
-        assert got.dtype == value.dtype and torch.equal(got, value)
+        assert got.dtype == chunk.value.dtype and torch.equal(got, chunk.value) and reader.shape(name) == chunk.whole
     with pytest.raises(CheckpointError, match=r"expected a tensor model\.lm"):
         reader.read("model.lm")
 
@@ -331,7 +331,9 @@ def test_kill_9_at_any_moment_leaves_a_whole_checkpoint(root, seed) -> None:
     random.seed(seed)
     save(root, 1)
     best = 1
-    for _ in range(6):
+    for attempt in range(60):
+        if attempt >= 6 and best > 1:  # on a busy machine the first children are killed before they have saved
+            break
         child = os.fork()
         if child == 0:
             for step in range(best + 1, best + 500):

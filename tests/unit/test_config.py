@@ -1,10 +1,12 @@
 """Configuration: YAML traps, includes, overrides, errors that name file, line, key and remedy."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from mmscale.config.checks import check_config, data_parallel_size
+from mmscale.config.llm import llm_sizes
 from mmscale.config.load import dump_config, load_config
 from mmscale.config.reference import config_reference
 from mmscale.errors import ConfigError
@@ -26,6 +28,9 @@ train:
   parts: {llm: {tune: full}}
 run: {dir: out}
 """
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 2}
+HEADS = [f"model.llm.config.{key}={value}" for key, value in SIZES.items()]
 
 
 @pytest.fixture
@@ -120,9 +125,14 @@ def test_saved_config_reruns_from_another_folder(write, tmp_path, monkeypatch):
     [
         ((), 3, "global_batch=8 .*6 or 9"),
         (("train.global_batch=12",), 1, "plan_group"),
-        (("parallel.tensor=2",), 3, "must divide the 3 processes"),
-        (("parallel.ulysses=2",), 2, "parallel.ulysses=2"),
-        (("parallel.engine=fsdp",), 2, "engine"),
+        (("parallel.tensor=2",), 3, "must divide the 3 processes.*start 2 or 4 .*parallel.tensor=1"),
+        (("parallel.tensor=2", "parallel.ulysses=4"), 12, "= 8 must divide the 12.*parallel.ulysses=(2|6)"),
+        (("parallel.tensor=2",), 2, "expected `num_attention_heads`"),
+        (("parallel.engine=fsdp", "parallel.zero_stage=2"), 2, "engine=fsdp .*zero_stage=2.*remove it"),
+        (("parallel.engine=fsdp", "parallel.offload_optimizer=true"), 2, "engine=fsdp .*offload_optimizer=True"),
+        (("parallel.tensor_sequence=true",), 1, "tensor_sequence=true.*parallel.tensor=1"),
+        (("parallel.deepspeed=none.json",), 1, "no file none.json"),
+        (("data.sources.a.mode=stream", *HEADS, "parallel.ulysses=2"), 2, "mode: stream.*parallel.ulysses=2"),
         (("train.parts.llm.tune=frozen",), 1, "nothing would be trained"),
         (("train.parts.vision={tune: full}",), 1, "no model.vision"),
         (("model.vision.config={model_type: siglip_vision_model}",), 1, "train.parts.vision is missing"),
@@ -134,6 +144,70 @@ def test_saved_config_reruns_from_another_folder(write, tmp_path, monkeypatch):
 def test_cross_checks(write, words, world, expected):
     with pytest.raises(ConfigError, match=expected):
         check_config(load_config(write(BASE), words), world)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("parallel.tensor=3",), "parallel.tensor=3 must divide the 8 attention heads.*MLP of 128.*2 key/value heads; set it to 2 or 4"),
+        (("parallel.tensor=16",), "set it to 8$"),
+        (("parallel.tensor=4", "model.llm.config.intermediate_size=150"), "MLP of 150.*set it to 2$"),
+        (("parallel.tensor=6", "model.llm.config.num_attention_heads=12", "model.llm.config.num_key_value_heads=4", "model.llm.config.intermediate_size=120"), "set it to 4 or 12"),
+        (("parallel.ulysses=16",), "the 8 attention heads.*set it to 8, or .*ulysses=8 and parallel.ring=2"),
+        (("parallel.tensor=2", "parallel.ulysses=8"), "the 4 attention heads .* the 1 key/value.*ulysses=4 and parallel.ring=2"),
+        (("parallel.ulysses=6", "parallel.ring=4"), "set it to 4 or 8, or for as many ranks parallel.ulysses=8 and parallel.ring=3"),
+        (("parallel.ulysses=6", "model.llm.config.num_attention_heads=12", "model.llm.config.num_key_value_heads=4"), "4 or 12"),
+        (("parallel.tensor=2", "model.tokenizer.pad_to_multiple=1"), "pad_to_multiple=1 .*tensor=2.*set it to 2"),
+        (("parallel.ring=2", "parallel.sp=ring", "model.llm.config.sliding_window=8"), "sliding window.*8.*sp=exchange"),
+    ],
+)  # fmt: skip
+def test_degrees_that_the_heads_do_not_allow_are_refused_with_the_nearest(write, words, expected):
+    """One head too few is found out before a process group or a model exists."""
+    config = load_config(write(BASE), [*HEADS, *words])
+    p = config.parallel
+    with pytest.raises(ConfigError, match=expected):
+        check_config(config, p.tensor * p.ulysses * p.ring * 4)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("parallel.tensor=8",),
+        ("parallel.ulysses=8",),
+        ("parallel.tensor=2", "parallel.ulysses=4", "parallel.ring=16"),
+        ("parallel.ring=2", "parallel.sp=exchange", "model.llm.config.sliding_window=8"),
+        ("parallel.ring=2", "parallel.sp=ring", "model.llm.config.sliding_window=64"),
+        ("parallel.engine=fsdp", "parallel.zero_stage=1"),
+        ("parallel.sp=auto", "train.global_batch=4"),
+    ],
+)
+def test_degrees_that_fit_pass(write, words):
+    config = load_config(write(BASE), [*HEADS, *words])
+    p = config.parallel
+    check_config(config, p.tensor * p.ulysses * p.ring * 8)
+
+
+def test_a_vocabulary_that_does_not_divide_is_refused(write, tmp_path):
+    (tmp_path / "llm").mkdir()
+    (tmp_path / "llm/config.json").write_text(json.dumps({**SIZES, "model_type": "llama", "vocab_size": 1001}))
+    config = load_config(write(BASE), [f"model.llm={{path: {tmp_path / 'llm'}}}", "parallel.tensor=2"])
+    with pytest.raises(ConfigError, match=r"parallel\.tensor=2 must divide the vocabulary of 1001 rows"):
+        check_config(config, 2)
+
+
+def test_windows_count_as_their_families_read_them():
+    found = [
+        llm_sizes({**SIZES, "model_type": kind, "sliding_window": window, **more}).window
+        for kind, window, more in (
+            ("mistral", None, {}),
+            ("mistral", 7, {}),
+            ("qwen2", 7, {}),
+            ("qwen3", 7, {"use_sliding_window": True}),
+            ("llama", None, {}),
+        )
+    ]
+    assert found == [None, 7, None, 7, None]
+    assert llm_sizes({**SIZES, "model_type": "mistral"}).window == 4096
 
 
 def test_good_layouts_pass(write):

@@ -33,6 +33,13 @@ def test_srun_with_and_without_an_address_of_the_job_script() -> None:
     assert launch_from_env({**SRUN, "MASTER_ADDR": "n1", "MASTER_PORT": "7"}) == Launch(3, 1, 4, "n1", 7)
 
 
+def test_processes_per_node_are_those_of_the_launcher() -> None:
+    """The fewest where nodes differ; nothing where the launcher says nothing."""
+    assert launch_from_env({**TORCHRUN, "LOCAL_WORLD_SIZE": "2"}).ranks_per_node == 2
+    for text, count in (("8(x4)", 8), ("8(x2),4", 4), ("4", 4), ("", None)):
+        assert launch_from_env({**SRUN, "SLURM_STEP_TASKS_PER_NODE": text}).ranks_per_node == count
+
+
 def test_a_batch_script_without_srun_is_one_process() -> None:
     batch = {"SLURM_JOB_ID": "5", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
     assert launch_from_env(batch) == Launch()

@@ -435,3 +435,45 @@ def test_a_tiny_set_works(tmp_path, tokenizer, num_samples):
     assert all(len(b.packs) == 4 for b, _ in batches)
     assert batches[-1][0].num_epochs == pytest.approx(sum(len(b.ids) for b, _ in batches) / num_samples)
     assert len(list(open_stream(tmp_path, tokenizer, sources=("text",)).passes())) == 1
+
+
+def halves(lengths):
+    """Some division of a pack, told apart by its lengths."""
+    return (((0, 0, lengths[0]),), tuple((d, 0, n) for d, n in enumerate(lengths[1:], 1)))
+
+
+@pytest.mark.parametrize(("members", "dp_size"), [(2, 1), (4, 1), (3, 2)])
+def test_members_make_the_packs_of_a_rank_in_turn(root, tokenizer, members, dp_size):
+    """Together they make each pack once, the same as one process makes, whatever their workers are and where they resume."""
+    for dp_rank in range(dp_size):
+        alone = take(open_stream(root, tokenizer, dp_rank, dp_size), 9)
+        shared = []
+        for member in range(members):
+            stream = open_stream(root, tokenizer, dp_rank, dp_size, workers=member % 3)
+            stream = replace(stream, member=(member, members), divide=halves)
+            shared.append([batch for batch, _ in take(stream, 6)])
+            later = take(stream, 3, alone[5][1])
+            shared[-1] += [batch for batch, _ in later]
+        for number, (whole, _) in enumerate(alone):
+            steps = [steps[number] for steps in shared]
+            found = {place: pack for step in steps for place, pack in zip(step.places, step.packs, strict=True)}
+            assert sorted(p for step in steps for p in step.places) == list(range(len(whole.packs)))
+            assert same([found[place] for place in sorted(found)], list(whole.packs))
+            assert all(pack.spans == halves(pack.lengths) for pack in found.values())
+            assert {step.num_packs for step in steps} == {len(whole.packs)} and whole.places == tuple(sorted(found))
+            assert {step.ids for step in steps} == {whole.ids} and {step.num_epochs for step in steps} == {
+                whole.num_epochs
+            }
+    counts = [sum(len(step.packs) for step in steps) for steps in shared]
+    assert max(counts) - min(counts) <= 1, "they take turns over the steps"
+
+
+def test_members_take_turns_in_a_pass(root, tokenizer):
+    """Every member gets as many turns as the others; in each turn one of them has the pack, filler included."""
+    whole = [list(open_stream(root, tokenizer, rank, 2).turns()) for rank in range(2)]
+    for rank in range(2):
+        streams = [replace(open_stream(root, tokenizer, rank, 2), member=(i, 3), divide=halves) for i in range(3)]
+        turns = list(zip(*(stream.turns() for stream in streams), strict=True))
+        assert all([pack is None for pack in turn] == [i != t % 3 for i in range(3)] for t, turn in enumerate(turns))
+        assert same([next(pack for pack in turn if pack) for turn in turns], whole[rank])
+        assert all(pack.spans for turn in turns for pack in turn if pack)

@@ -128,3 +128,18 @@ def test_an_end_that_left_without_reading_is_told_after_its_last_word(channel):
     assert transport.receive(channel[1]) == "last word"
     with pytest.raises(EOFError):
         transport.receive(channel[1])
+
+
+@pytest.mark.parametrize("num_tokens", [1, 40_000])
+def test_a_block_is_read_where_it_was_written(num_tokens):
+    """As bytes in a larger buffer, whose place the tensors share."""
+    sent = a_pack(num_tokens)
+    block = transport.Block.of(sent)
+    place = torch.zeros(block.num_bytes + 64, dtype=torch.uint8)
+    block.write(place.numpy().data)
+    found = transport.read_block(place.numpy().data)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(sent.tensors(), found.tensors(), strict=True))
+    start, size = place.data_ptr(), block.num_bytes
+    assert all(
+        start <= t.data_ptr() < start + size and t.data_ptr() % 64 == start % 64 for t in found.tensors() if t.numel()
+    )

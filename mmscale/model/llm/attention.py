@@ -7,31 +7,36 @@ Shapes: T tokens of the pack, L tokens of one document, H query heads, G key/val
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any, Protocol
 
 import torch
-from torch import nn
-from torch.nn import functional as F
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 
 from mmscale.errors import ConfigError
+from mmscale.kernels.attention.attend import attend
+from mmscale.kernels.attention.base import AttentionBackend, Segment, Segments
+from mmscale.kernels.attention.select import backend
 from mmscale.types import PackedBatch
 
 ATTENTION = "mmscale_packed"
 """The name of the implementation in Hugging Face's registries."""
 
-SUPPORTED = ("gemma", "llama", "mistral", "mixtral", "phi", "phi3", "qwen2", "qwen3", "stablelm")
-"""`model_type` of the families whose masks are known and tested: causal, or causal with a sliding window."""
+SUPPORTED = ("gemma", "gpt_oss", "llama", "mistral", "mixtral", "phi", "phi3", "qwen2", "qwen3", "stablelm")
+"""`model_type` of the families whose masks are known and tested: causal, or causal with a sliding window; sinks in gpt_oss.
+
+GPT-OSS knows nothing of packs by itself: it makes its masks without the positions. Only this attention isolates documents.
+"""
 
 _KNOWN_REASONS = {
     "gemma2": "it caps attention scores (soft-cap)",
     "gemma3": "it uses bidirectional image blocks",
     "gemma3_text": "it mixes masks by layer",
-    "gpt_oss": "it uses attention sinks",
     "llama4_text": "it uses chunked attention",
 }
 
@@ -49,18 +54,70 @@ _IMPLIED = {
 """Mask functions that the document lengths and the `sliding_window` keyword already imply."""
 
 
+class PackAttention(Protocol):
+    """Causal attention inside the documents of one pack. It travels as the keyword `pack=` of the language model."""
+
+    @property
+    def num_tokens(self) -> int:
+        """L, the tokens of the pack or of this rank's part of it."""
+        ...
+
+    def __call__(
+        self, q_LHD: Tensor, k_LGD: Tensor, v_LGD: Tensor, /, *, scale: float, window: int | None, sinks: Tensor | None
+    ) -> Tensor:
+        """[L, H, D], differentiable in every tensor.
+
+        Args:
+            window: W, a token sees itself and the W - 1 before it; None = its whole document.
+            sinks: [H], a logit per head that takes part in the softmax without a value (GPT-OSS).
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
-class PackInfo:
-    """Document borders of a pack: host `lengths`, `cu_seqlens` int32 [S + 1] on the device, the longest length."""
+class WholePack:
+    """Attention over a pack that is not divided. `kernel`: see `mmscale.kernels.attention.select`."""
 
     lengths: tuple[int, ...]
-    cu_seqlens: torch.Tensor
-    max_length: int
+    kernel: str = "auto"
 
     @classmethod
-    def of(cls, batch: PackedBatch) -> PackInfo:
-        """The borders of `batch`, without a device sync."""
-        return cls(batch.lengths, batch.cu_seqlens, max(batch.lengths, default=0))
+    def of(cls, batch: PackedBatch, kernel: str = "auto") -> WholePack:
+        """The documents of `batch`."""
+        return cls(batch.lengths, kernel)
+
+    @property
+    def num_tokens(self) -> int:
+        """See `PackAttention.num_tokens`."""
+        return sum(self.lengths)
+
+    def __call__(
+        self, q_LHD: Tensor, k_LGD: Tensor, v_LGD: Tensor, *, scale: float, window: int | None, sinks: Tensor | None
+    ) -> Tensor:
+        """See `PackAttention`."""
+        segments = document_segments(self.lengths, window)
+        return attend(q_LHD, k_LGD, v_LGD, segments, scale, attention_kernel(self.kernel, q_LHD), sinks)
+
+
+def attention_kernel(name: str, q_LHD: Tensor) -> AttentionBackend:
+    """The kernel called `name` (`auto` = the best one) for queries like these.
+
+    Raises:
+        ConfigError: it cannot be used here; the text says why.
+    """
+    try:
+        return backend(name, q_LHD.device, q_LHD.dtype, q_LHD.shape[-1])
+    except ValueError as error:
+        raise ConfigError(f"parallel.attention={name}: {error}; use auto or another kernel") from error
+
+
+@lru_cache(maxsize=64)
+def document_segments(lengths: tuple[int, ...], window: int | None) -> Segments:
+    """Every document sees itself, causally."""
+    ends = list(accumulate(lengths))
+    rows = tuple(Segment(end - n, end, end - n, end) for n, end in zip(lengths, ends, strict=True) if n)
+    longest = max(lengths, default=0)
+    return Segments(rows, causal=True, window=None if window is None or window >= longest else window)
 
 
 def register() -> None:
@@ -90,10 +147,35 @@ def check_llm(config: PretrainedConfig) -> None:
             f"found attention_dropout={dropout}; set it to 0"
         )
     odd = set(facts.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
-    if odd or facts.get("attn_logit_softcapping"):
-        found = f"layer_types {sorted(odd)}" if odd else "attn_logit_softcapping"
+    cap = facts.get("attn_logit_softcapping")
+    if odd or cap:
+        found = (
+            f"layer_types {sorted(odd)}" if odd else f"a soft-cap of attention scores (attn_logit_softcapping={cap})"
+        )
         raise ConfigError(
             f"model.llm: plain causal or sliding-window attention is expected, found {found}; use another model"
+        )
+
+
+def check_positions(config: PretrainedConfig, seq_len: int) -> None:
+    """Refuses rotary frequencies that would depend on what else is in a pack, and on which rank a token is.
+
+    Hugging Face's `longrope` (Phi-3 with 128k positions) takes one set of frequencies for all tokens of a call, by the largest
+    position among them: a short document beside a long one gets another than alone, and a rank with early tokens another than
+    a rank with late ones.
+
+    Raises:
+        ConfigError: `longrope`, and documents that may be longer than those of its first set.
+    """
+    rope = config.to_dict().get("rope_parameters") or {}
+    if rope.get("rope_type") != "longrope":
+        return
+    longest = int(rope["original_max_position_embeddings"])
+    if seq_len > longest:
+        raise ConfigError(
+            f"model.llm: rope_type=longrope is expected with documents of at most original_max_position_embeddings={longest} "
+            f"tokens (beyond it frequencies depend on the longest document of a pack), found data.seq_len={seq_len}; set "
+            f"data.seq_len={longest}, or use a model with another rope_type"
         )
 
 
@@ -159,88 +241,43 @@ def packed_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
-    pack: PackInfo | None = None,
+    pack: PackAttention | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention inside each document of one pack; Hugging Face's attention signature.
 
     Args:
-        query: [1, H, T, D]; `key` and `value`: [1, G, T, D], H a multiple of G.
+        query: [1, H, L, D]; `key` and `value`: [1, G, L, D], H a multiple of G.
         sliding_window: W, a token sees itself and the W - 1 before it; None = its whole document.
-        pack: the document borders, from `model(..., pack=)`.
+        s_aux: [H], attention sinks (GPT-OSS).
+        pack: what sees what, from `model(..., pack=)`.
 
     Returns:
-        ([1, T, H, D], None).
+        ([1, L, H, D], None).
 
     Raises:
         ConfigError: a feature that would change the result silently.
     """
-    refused = {"softcap": softcap, "attention sinks": s_aux, "a mask tensor": attention_mask}
-    found = [name for name, value_ in refused.items() if value_ is not None]
+    found = [] if softcap is None else [f"a soft-cap of attention scores (softcap={softcap})"]
+    if attention_mask is not None:
+        found.append(f"a mask tensor {tuple(attention_mask.shape)}")
     if dropout > 0 and module.training:
         found.append(f"attention dropout {dropout}")
-    if pack is None or query.shape[0] != 1 or sum(pack.lengths) != query.shape[2]:
+    if pack is None or query.shape[0] != 1 or pack.num_tokens != query.shape[2]:
         found.append(f"no matching pack= for query {tuple(query.shape)}")
     if found or pack is None:
         raise ConfigError(
             f"plain causal attention over one pack is expected, found {', '.join(found)}; use another model"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    window = sliding_window if sliding_window is not None and sliding_window < pack.max_length else None
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        return _varlen(query, key, value, pack, scale, window), None
-    return _per_document(query, key, value, pack, scale, window), None
+    # squeeze, not [0]: the gradient of an index is a tensor of zeros and a copy into it
+    q_LHD, k_LGD, v_LGD = (_cast(x).squeeze(0).transpose(0, 1) for x in (query, key, value))
+    return pack(q_LHD, k_LGD, v_LGD, scale=scale, window=sliding_window, sinks=s_aux)[None], None
 
 
-def _varlen(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pack: PackInfo, scale: float, window: int | None
-) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    q_THD, k_TGD, v_TGD = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-    # torch 2.11 takes fewer key/value heads without asking; later versions want to be told.
-    extra: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-    out_THD: Any = varlen_attn(
-        q_THD,
-        k_TGD,
-        v_TGD,
-        cu_seq_q=pack.cu_seqlens,
-        cu_seq_k=pack.cu_seqlens,
-        max_q=pack.max_length,
-        max_k=pack.max_length,
-        scale=scale,
-        window_size=(-1, 0) if window is None else (window - 1, 0),
-        **extra,
-    )
-    return out_THD[None]
-
-
-def _per_document(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pack: PackInfo, scale: float, window: int | None
-) -> torch.Tensor:
-    if query.is_cuda and query.shape[1] != key.shape[1]:
-        # fp32 on CUDA: the memory-efficient kernel wants equal heads; without it torch falls back to [L, L] scores.
-        groups = query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    q, k, v = (x.split(pack.lengths, dim=2) for x in (query, key, value))
-    parts = [_document(*document, scale, window) for document in zip(q, k, v, strict=True)]
-    return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
-
-
-def _document(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None) -> torch.Tensor:
-    """Attention of one document: q [1, H, L, D], k and v [1, G, L, D] -> [1, H, L, D]."""
-    length = q.shape[2]
-    if window is None or length <= window:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-    blocks = []
-    for start in range(0, length, window):
-        end, first = min(start + window, length), max(0, start - window + 1)
-        q_pos = torch.arange(start, end, device=q.device)[:, None]
-        k_pos = torch.arange(first, end, device=q.device)[None, :]
-        mask = (k_pos <= q_pos) & (k_pos > q_pos - window)  # at most [W, 2 W]
-        blocks.append(
-            F.scaled_dot_product_attention(
-                q[:, :, start:end], k[:, :, first:end], v[:, :, first:end], attn_mask=mask, scale=scale, enable_gqa=True
-            )
-        )
-    return torch.cat(blocks, dim=2)
+def _cast(x: Tensor) -> Tensor:
+    """In the type of autocast where it is on: rotary embeddings in fp32 make such queries and keys beside bf16 values."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return x
+    return x.to(torch.get_autocast_dtype(kind))

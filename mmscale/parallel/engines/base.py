@@ -6,8 +6,8 @@ and `.exp_avg_sq`, all fp32 and whole; `optim.num_updates` is a scalar (int64), 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -15,8 +15,13 @@ from torch import Tensor, nn
 
 from mmscale.config.schema import TrainConfig
 from mmscale.errors import CheckpointError
+from mmscale.model.batch import ModelBatch
+from mmscale.parallel.layout import Chunk, ShardLayout, chunks, whole_layout
 from mmscale.parallel.mesh import Mesh
 from mmscale.types import PackedBatch
+
+Batch = PackedBatch | ModelBatch
+"""A whole pack, or one rank's part of a pack that is divided."""
 
 NUM_UPDATES = "optim.num_updates"
 """State name of the number of optimizer updates; skipped steps do not count."""
@@ -50,7 +55,7 @@ class Engine(Protocol):
     An engine never sees files, the data cursor or the schedule.
     """
 
-    def forward_backward(self, micro_batches: Sequence[PackedBatch], num_targets: int) -> float:
+    def forward_backward(self, micro_batches: Sequence[Batch], num_targets: int) -> float:
         """This rank's sum of token losses over its micro-batches; gradients are added up for `step`.
 
         Args:
@@ -63,14 +68,19 @@ class Engine(Protocol):
         """Clips, updates and clears the gradients; `lrs` holds one learning rate per optimizer group."""
         ...
 
-    def evaluate(self, batch: PackedBatch) -> float:
+    def evaluate(self, batch: Batch) -> float:
         """This rank's sum of token losses of one pack, without gradients and in evaluation mode."""
         ...
 
-    def state_views(self) -> Iterator[tuple[str, Tensor]]:
-        """State names and whole CPU tensors, each from exactly one rank.
+    @property
+    def state_names(self) -> frozenset[str]:
+        """All state names of a checkpoint of this engine."""
+        ...
 
-        Every rank iterates to the end. A view may share memory with the engine: use it before the next `step`.
+    def state_views(self) -> Iterator[tuple[str, Chunk]]:
+        """State names and CPU tensors in chunks, of which those of all ranks cover each whole tensor exactly once.
+
+        Every rank iterates to the end. A chunk may share memory with the engine: use it before the next `step`.
         """
         ...
 
@@ -90,6 +100,7 @@ class EngineSpec:
     model      the prepared plain module: `model(batch)` gives the sum of token losses as an fp32 scalar
     optimizer  torch AdamW or SGD over all parameters that require gradients
     stored     names of the parameters that belong into a checkpoint
+    layouts    how tensor parallelism cut parameters; those not named are whole on every rank
     """
 
     model: nn.Module
@@ -97,20 +108,43 @@ class EngineSpec:
     mesh: Mesh
     train: TrainConfig
     stored: frozenset[str]
+    layouts: Mapping[str, ShardLayout] = field(default_factory=dict)
+
+    def read(self, reader: StateReader, state: str, name: str, whole: torch.Size) -> Tensor:
+        """This rank's part of the state called `state` of parameter `name`, whose tensor-parallel part has shape `whole`."""
+        layout = self.layouts.get(name)
+        value = read_checked(reader, state, whole if layout is None else layout.whole)
+        return value if layout is None else layout.cut(value)
+
+    def is_writer(self, name: str) -> bool:
+        """True on one of the tensor-parallel ranks that hold the same numbers of parameter `name`: it alone writes them into
+        checkpoints and counts them in the gradient norm."""
+        layout = self.layouts.get(name)
+        return self.mesh.tensor.rank == 0 if layout is None else layout.is_writer
+
+    def chunks(self, name: str, rows: Tensor, shape: torch.Size, first_row: int = 0) -> Iterator[Chunk]:
+        """Where rows of parameter `name`, or of its moment, stand in the whole tensor; nothing unless `is_writer`.
+
+        Args:
+            rows: rows `first_row : first_row + len(rows)` of this rank's tensor-parallel part.
+            shape: of the whole tensor-parallel part.
+        """
+        if self.is_writer(name):
+            yield from chunks(rows, self.layouts.get(name, whole_layout(shape)) if shape else None, first_row)
 
 
 def loss_scale(mesh: Mesh, num_targets: int) -> float:
     """The factor from a rank's sum of token losses to the loss it runs backward.
 
-    Every engine averages gradients over the data-parallel group, so multiplying by the group's size makes the result the
-    gradient of (sum of all token losses / number of all targets). The only place in mmscale where gradients are scaled.
+    Every engine averages gradients over the flat group of data and sequence ranks, so multiplying by its size makes the
+    result the gradient of (sum of all token losses / number of all targets). The only place in mmscale where gradients are scaled.
 
     Raises:
         ValueError: `num_targets` is below 1.
     """
     if num_targets < 1:
         raise ValueError(f"expected at least 1 target in an optimizer step, found {num_targets}")
-    return mesh.dp_size / num_targets
+    return mesh.grads.size / num_targets
 
 
 def moment_names(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
@@ -131,13 +165,13 @@ def create_moments(optimizer: torch.optim.Optimizer, params: Iterable[Tensor], n
         optimizer.state[param] = {"step": step, **{name: torch.zeros_like(param) for name in names}}
 
 
-def state_names(spec: EngineSpec) -> set[str]:
+def state_names(spec: EngineSpec) -> frozenset[str]:
     """All state names of a checkpoint of `spec`."""
     names = {f"model.{name}" for name in spec.stored} | {NUM_UPDATES}
     for name, param in spec.model.named_parameters():
         if param.requires_grad:
             names.update(f"optim.state.{name}.{moment}" for moment in moment_names(spec.optimizer))
-    return names
+    return frozenset(names)
 
 
 def check_names(reader: StateReader, expected: Iterable[str]) -> None:

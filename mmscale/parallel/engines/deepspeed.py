@@ -17,12 +17,14 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmscale.config.env import set_env_default
 from mmscale.errors import MissingExtraError
 from mmscale.parallel.engines.base import (
     NUM_UPDATES,
+    Batch,
     EngineSpec,
     StateReader,
     StepResult,
@@ -30,46 +32,50 @@ from mmscale.parallel.engines.base import (
     create_moments,
     loss_scale,
     moment_names,
-    read_checked,
     set_learning_rates,
     state_names,
 )
-from mmscale.types import PackedBatch
-
-_BUCKET_ELEMENTS = 50_000_000
+from mmscale.parallel.engines.deepspeed_json import Json
+from mmscale.parallel.layout import Chunk
+from mmscale.parallel.mesh import Mesh
 
 
 class DeepSpeedEngine:
-    """ZeRO over all ranks of the mesh.
+    """ZeRO over the data and sequence ranks of the mesh, on tensor-parallel parts of the weights.
 
     Live weights are fp32 or, with `train.dtype: bf16`, bf16 with fp32 masters; gradients are added up and reduced in fp32.
     """
 
-    def __init__(self, spec: EngineSpec, stage: int, keep_whole: int) -> None:
+    def __init__(self, spec: EngineSpec, stage: int, config: Json) -> None:
         """Wraps `spec.model`, whose weights must be final.
 
         Args:
             stage: 1 shards optimizer state, 2 gradients too, 3 weights too.
-            keep_whole: ZeRO-3 keeps parameters with fewer elements than this whole on every rank.
+            config: from `deepspeed_config`.
         """
         self._spec = spec
         self._stage = stage
         self._params = list(spec.model.named_parameters())
         self._shapes = {n: p.shape for n, p in self._params}  # ZeRO-3 empties the parameters themselves
+        for name, param in self._params:
+            # what deepspeed looks at when it adds up the norm over tensor-parallel ranks
+            param.tensor_model_parallel = spec.is_writer(name)  # type: ignore[attr-defined]
         self._deepspeed = _import_deepspeed(spec.mesh.device)
         with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory figures per group
             self._engine, *_ = self._deepspeed.initialize(
                 model=spec.model,
                 optimizer=spec.optimizer,
                 model_parameters=[p for _, p in self._params if p.requires_grad],
-                config=_resolved_config(spec, stage, keep_whole),
+                config=config,
                 dist_init_required=False,
+                # without tensor ranks its bf16 norm would be summed over the default group, which is all ranks
+                mpu=_Groups(spec.mesh) if spec.mesh.tensor.size > 1 else None,
             )
         self._num_updates = 0
         self._fill_moments(0)
         self._engine.train()
 
-    def forward_backward(self, micro_batches: Sequence[PackedBatch], num_targets: int) -> float:
+    def forward_backward(self, micro_batches: Sequence[Batch], num_targets: int) -> float:
         """See `Engine.forward_backward`."""
         scale = loss_scale(self._spec.mesh, num_targets)
         total = torch.zeros((), dtype=torch.float64, device=self._spec.mesh.device)
@@ -89,7 +95,7 @@ class DeepSpeedEngine:
         self._num_updates += not skipped
         return StepResult(math.inf if skipped else norm, skipped)
 
-    def evaluate(self, batch: PackedBatch) -> float:
+    def evaluate(self, batch: Batch) -> float:
         """See `Engine.evaluate`. Under ZeRO-3 every rank must evaluate equally often, as weights are gathered."""
         self._engine.eval()
         try:
@@ -98,23 +104,30 @@ class DeepSpeedEngine:
         finally:
             self._engine.train()
 
-    def state_views(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Engine.state_views`. Each tensor is gathered on all ranks; every rank keeps its share on the CPU."""
+    @property
+    def state_names(self) -> frozenset[str]:
+        """See `Engine.state_names`."""
+        return state_names(self._spec)
+
+    def state_views(self) -> Iterator[tuple[str, Chunk]]:
+        """See `Engine.state_views`. Each tensor is gathered over the ranks that shard it; every one keeps its share on the CPU."""
         from deepspeed import utils
 
-        mesh = self._spec.mesh
-        if mesh.is_main:
-            yield NUM_UPDATES, torch.tensor(self._num_updates)
+        if self._spec.mesh.is_main:
+            yield NUM_UPDATES, Chunk(torch.tensor(self._num_updates), (), torch.Size())
         for index, (name, param) in enumerate(self._params):
-            is_owner = index % mesh.world_size == mesh.rank
             if name in self._spec.stored:
                 whole = utils.safe_get_full_fp32_param(param) if param.requires_grad else self._whole_frozen(param)
-                if is_owner:
-                    yield f"model.{name}", whole.float().cpu()
+                yield from self._own_chunks(f"model.{name}", index, whole)
             for moment in moment_names(self._spec.optimizer) if param.requires_grad else ():
                 whole = utils.safe_get_full_optimizer_state(param, moment)
-                if is_owner:
-                    yield f"optim.state.{name}.{moment}", whole.float().cpu()
+                yield from self._own_chunks(f"optim.state.{name}.{moment}", index, whole)
+
+    def _own_chunks(self, state: str, index: int, whole: Tensor) -> Iterator[tuple[str, Chunk]]:
+        grads, name = self._spec.mesh.grads, self._params[index][0]
+        if index % grads.size == grads.rank:
+            for chunk in self._spec.chunks(name, whole.float().cpu(), self._shapes[name]):
+                yield state, chunk
 
     def load_state(self, reader: StateReader) -> None:
         """See `Engine.load_state`. The live weights must have been loaded before the engine was made."""
@@ -124,13 +137,17 @@ class DeepSpeedEngine:
         for name, param in self._params:
             if param.requires_grad:
                 shape = self._shapes[name]
-                self._set_local(param, None, read_checked(reader, f"model.{name}", shape))
+                self._set_local(param, None, self._spec.read(reader, f"model.{name}", name, shape))
                 for moment in moment_names(self._spec.optimizer):
-                    self._set_local(param, moment, read_checked(reader, f"optim.state.{name}.{moment}", shape))
+                    value = self._spec.read(reader, f"optim.state.{name}.{moment}", name, shape)
+                    self._set_local(param, moment, value)
 
     def close(self) -> None:
         """See `Engine.close`."""
+        from deepspeed.utils import groups
+
         self._engine.destroy()
+        groups.mpu = None  # it remembers the groups of its last engine, and the next may have no tensor ranks
 
     def _fill_moments(self, num_updates: int) -> None:
         """Creates the optimizer state of the flat partitions and links it to the parameters, without taking a step."""
@@ -156,7 +173,7 @@ class DeepSpeedEngine:
             return
         # Partitions are equal and the last one is padded; deepspeed's own setter of whole tensors overruns it.
         part = torch.zeros_like(param.ds_tensor, dtype=torch.float32).flatten()
-        start = min(part.numel() * self._spec.mesh.dp_rank, whole.numel())
+        start = min(part.numel() * self._spec.mesh.grads.rank, whole.numel())
         own = whole.flatten()[start : start + part.numel()]
         part[: own.numel()] = own
         if moment is None:
@@ -167,6 +184,38 @@ class DeepSpeedEngine:
     def _whole_frozen(self, param: nn.Parameter) -> Tensor:
         with self._deepspeed.zero.GatheredParameters([param], enabled=self._stage == 3):
             return param.detach().clone()
+
+
+class _Groups:
+    """Our groups under the names that deepspeed asks for ("mpu").
+
+    Sequence ranks are data-parallel ranks to it: its own methods for them give wrong gradients with ZeRO-3.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._data, self._tensor = mesh.grads, mesh.tensor
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup | None:
+        return self._data.group
+
+    def get_data_parallel_rank(self) -> int:
+        return self._data.rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._data.size
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup | None:
+        return self._tensor.group
+
+    def get_model_parallel_rank(self) -> int:
+        return self._tensor.rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._tensor.size
+
+    get_tensor_model_parallel_group = get_model_parallel_group
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
 
 
 def _import_deepspeed(device: torch.device) -> ModuleType:
@@ -187,33 +236,3 @@ def _import_deepspeed(device: torch.device) -> ModuleType:
     # On the CPU this op would be compiled at first use, for minutes; gloo does without. A private switch, kept by a test.
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
-
-
-def _resolved_config(spec: EngineSpec, stage: int, keep_whole: int) -> dict[str, Any]:
-    """DeepSpeed's configuration with every value decided; nothing is left to "auto"."""
-    is_bf16 = spec.train.dtype == "bf16"
-    return {
-        # One pack per micro-batch and our own boundaries: its batch arithmetic never enters a gradient.
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": spec.train.clip,
-        "steps_per_print": None,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": is_bf16, "check_grad_overflow": True},
-        # The defaults would add up micro-batches and ranks in bf16.
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
-        "zero_optimization": {
-            "stage": stage,
-            "overlap_comm": spec.mesh.device.type == "cuda",
-            "contiguous_gradients": True,
-            "reduce_scatter": True,
-            "reduce_bucket_size": _BUCKET_ELEMENTS,
-            "allgather_bucket_size": _BUCKET_ELEMENTS,
-            "stage3_prefetch_bucket_size": _BUCKET_ELEMENTS,
-            "stage3_param_persistence_threshold": keep_whole,
-            "stage3_max_live_parameters": 1_000_000_000,
-            "stage3_max_reuse_distance": 1_000_000_000,
-        },
-    }

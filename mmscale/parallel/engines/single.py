@@ -12,6 +12,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from mmscale.parallel.engines.base import (
     NUM_UPDATES,
+    Batch,
     EngineSpec,
     StateReader,
     StepResult,
@@ -23,7 +24,7 @@ from mmscale.parallel.engines.base import (
     set_learning_rates,
     state_names,
 )
-from mmscale.types import PackedBatch
+from mmscale.parallel.layout import Chunk, chunks
 
 
 class SingleEngine:
@@ -38,7 +39,7 @@ class SingleEngine:
         create_moments(spec.optimizer, [p for _, p in self._trained])
         self._model.train()
 
-    def forward_backward(self, micro_batches: Sequence[PackedBatch], num_targets: int) -> float:
+    def forward_backward(self, micro_batches: Sequence[Batch], num_targets: int) -> float:
         """See `Engine.forward_backward`."""
         scale = loss_scale(self._spec.mesh, num_targets)
         total = torch.zeros((), dtype=torch.float64, device=self._spec.mesh.device)
@@ -67,7 +68,7 @@ class SingleEngine:
         self._optimizer.zero_grad(set_to_none=True)
         return StepResult(grad_norm, skipped)
 
-    def evaluate(self, batch: PackedBatch) -> float:
+    def evaluate(self, batch: Batch) -> float:
         """See `Engine.evaluate`."""
         self._model.eval()
         try:
@@ -76,15 +77,25 @@ class SingleEngine:
         finally:
             self._model.train()
 
-    def state_views(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Engine.state_views`. On the CPU the views share memory with the weights and moments."""
+    @property
+    def state_names(self) -> frozenset[str]:
+        """See `Engine.state_names`."""
+        return state_names(self._spec)
+
+    def state_views(self) -> Iterator[tuple[str, Chunk]]:
+        """See `Engine.state_views`. On the CPU the chunks share memory with the weights and moments."""
+        for name, value in self._whole_state():
+            for chunk in chunks(value.float().cpu() if value.is_floating_point() else value, None):
+                yield name, chunk
+
+    def _whole_state(self) -> Iterator[tuple[str, Tensor]]:
         yield NUM_UPDATES, torch.tensor(self._num_updates)
         for name, param in self._model.named_parameters():
             if name in self._spec.stored:
-                yield f"model.{name}", param.detach().float().cpu()
+                yield f"model.{name}", param.detach()
         for name, param in self._trained:
             for moment in moment_names(self._optimizer):
-                yield f"optim.state.{name}.{moment}", self._optimizer.state[param][moment].float().cpu()
+                yield f"optim.state.{name}.{moment}", self._optimizer.state[param][moment]
 
     def load_state(self, reader: StateReader) -> None:
         """See `Engine.load_state`."""

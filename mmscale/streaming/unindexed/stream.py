@@ -62,6 +62,16 @@ class UnindexedStep:
     ended: tuple[End, ...]
     facts: UnindexedFacts
 
+    @property
+    def places(self) -> tuple[int, ...]:
+        """See `DataStep`; stream mode does not share packs between ranks."""
+        return tuple(range(len(self.packs)))
+
+    @property
+    def num_packs(self) -> int:
+        """See `DataStep`."""
+        return len(self.packs)
+
     def left_out(self) -> tuple[Skip, ...]:
         """None: what a stream leaves out stands in `PackedBatch.skipped`."""
         return ()
