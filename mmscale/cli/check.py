@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 
 import torch
@@ -17,10 +18,11 @@ from mmscale.config.load import load_config
 from mmscale.config.mixture import is_stream_mode, leaf_sources, mixture_shares
 from mmscale.config.schema import Config, SourceConfig
 from mmscale.config.specs import extra_tokens, media_specs
+from mmscale.errors import MissingExtraError
 from mmscale.model.composite import skeleton
 from mmscale.model.description import describe
 from mmscale.model.llm.attention import check_positions
-from mmscale.parallel.engines.deepspeed_json import Known, deepspeed_config
+from mmscale.parallel.engines.deepspeed_json import Json, Known, deepspeed_config
 from mmscale.parallel.tensor.plan import tensor_plan
 from mmscale.parallel.workload import ModelSizes, make_workload
 from mmscale.streaming.chat import load_template
@@ -54,7 +56,9 @@ def run(
         tensor_plan(model.llm, config.parallel.tensor, config.parallel.tensor_sequence)
     work = make_workload(config, world_size, sizes, specs)
     if work.engine == "deepspeed":  # a JSON file that contradicts the config is refused here
-        deepspeed_config(Known(config.parallel, config.train, work.data, sizes.llm.width))
+        known = deepspeed_config(Known(config.parallel, config.train, work.data, sizes.llm.width))
+        if config.parallel.deepspeed is not None:
+            _check_with_deepspeed(known)
     tables = (
         layout_table(config, work, specs, ranks_per_node, reason),
         _sources(config),
@@ -66,6 +70,14 @@ def run(
     for table in tables:
         if table is not None:
             console.print(table)
+
+
+def _check_with_deepspeed(content: Json) -> None:
+    """Raises ConfigError for a file that DeepSpeed does not take, where it is installed; a run refuses it in any case."""
+    from mmscale.parallel.engines.deepspeed import check_config as check_content
+
+    with contextlib.suppress(MissingExtraError):
+        check_content(content)
 
 
 def _check_templates(config: Config, tokenizer: TextTokenizer) -> None:

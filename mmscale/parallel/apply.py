@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
+from datetime import timedelta
 from types import MappingProxyType
 
 import torch
@@ -107,7 +108,7 @@ def _wrap(spec: EngineSpec, parallel: ParallelConfig) -> Engine:
     config = deepspeed_config(known)
     if parallel.deepspeed is not None and spec.mesh.is_main:
         log.info("DeepSpeed configuration from %s: %s", parallel.deepspeed, json.dumps(config, sort_keys=True))
-    return DeepSpeedEngine(spec, zero_stage(parallel), config)
+    return DeepSpeedEngine(spec, zero_stage(parallel), config, timedelta(seconds=parallel.timeout_s))
 
 
 def _hidden_size(model: nn.Module) -> int:

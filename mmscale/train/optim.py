@@ -26,13 +26,17 @@ class HasParts(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ParamGroup:
-    """Parameters of one part with one learning rate and weight decay. `lr` is the peak; `names[i]` is `params[i]`'s name."""
+    """Parameters of one part with one learning rate and weight decay. `lr` is the peak; `names[i]` is `params[i]`'s name.
+
+    `size`: numbers in all of them, counted before an engine shards them and leaves `params` empty.
+    """
 
     part: str
     lr: float
     weight_decay: float
     names: tuple[str, ...]
     params: tuple[nn.Parameter, ...]
+    size: int
 
 
 def param_groups(model: HasParts, train: TrainConfig) -> list[ParamGroup]:
@@ -70,7 +74,9 @@ def param_groups(model: HasParts, train: TrainConfig) -> list[ParamGroup]:
             for params, weight_decay in ((decayed, train.weight_decay), (plain, 0.0)):
                 if params:
                     found = tuple(names[id(p)] for p in params)
-                    groups.append(ParamGroup(part, lr, weight_decay, found, tuple(params)))
+                    groups.append(
+                        ParamGroup(part, lr, weight_decay, found, tuple(params), sum(p.numel() for p in params))
+                    )
     _require_complete(names, owner, groups)
     return groups
 

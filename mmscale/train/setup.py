@@ -360,11 +360,10 @@ def _print_header(run: Run) -> None:
     if mesh.tensor.size > 1:
         log.info("tensor parallelism divides the language model; the numbers of parameters are those of one rank")
     for group in run.groups:
-        size = sum(p.numel() if p.numel() else getattr(p, "ds_numel", 0) for p in group.params)
         log.info(
             "train %-17s %12s parameters, peak lr %.1e, weight decay %g",
             group.part,
-            f"{size:,}",
+            f"{group.size:,}",
             group.lr,
             group.weight_decay,
         )

@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 from types import ModuleType
 from typing import Any
 
-TIMEOUT_S = 150  # a hang, and not a machine with other work
+TIMEOUT_S = 240  # a hang, and not a machine with other work
 PRELOAD = [
     "mmscale.train.loop",
     "megatron.core.parallel_state",

@@ -101,6 +101,24 @@ def test_a_wrong_scale_is_detected(ranks, seed) -> None:
     assert norm > 0.1 and weight > 1e-3, (loss, norm, weight)
 
 
+def group_timeouts(mesh: Mesh, seed: int) -> list[float]:
+    """Seconds that the group waits over which ZeRO averages, by `parallel.timeout_s`."""
+    from deepspeed.utils import groups
+
+    seconds = []
+    for timeout_s in (77, 60):
+        engine = build(mesh, 1, train_config(), seed, timeout_s=timeout_s)
+        backend = groups._get_data_parallel_group()._get_backend(torch.device("cpu"))
+        seconds.append(backend.options._timeout.total_seconds())
+        engine.close()
+    return seconds
+
+
+def test_deepspeed_waits_no_longer_than_configured(ranks, seed) -> None:
+    """It makes a group of its own, for which torch's default is half an hour."""
+    assert ranks(2).run(group_timeouts, seed) == [[77.0, 60.0]] * 2
+
+
 def test_clipping_really_clips(seed) -> None:
     norms = [norm for _, norm in plain_run("sgd", CLIP, seed)[0]]
     assert min(norms) > CLIP, norms

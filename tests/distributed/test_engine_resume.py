@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import FSDP, build, documents, micro_batches, train_config, train_steps, whole_state
+from tiny_run import FSDP, TinyModel, build, documents, micro_batches, train_config, train_steps, whole_state
 
 from mmscale.errors import CheckpointError, MissingExtraError
 from mmscale.parallel.engines.deepspeed import _import_deepspeed
@@ -54,6 +54,9 @@ def test_same_layout_goes_on_bit_by_bit(ranks, tmp_path, seed, stage, dtype) -> 
     saved = ranks(2).run(save_and_go_on, str(tmp_path), stage, dtype, seed)
     resumed = ranks(2).run(resume, str(tmp_path), stage, dtype, seed)
     assert [rest for _, rest in saved] == [rest for _, rest in resumed]
+    torch.manual_seed(seed)
+    tower = TinyModel().tower.weight  # frozen, and stored as it was, whatever type the engine computes in
+    assert torch.equal(open_checkpoint(tmp_path / saved[0][0]).read("model.tower.weight"), tower)
 
 
 # test_layout_resume.py has all pairs of layouts on 4 ranks; here other numbers of ranks, where partitions come out otherwise

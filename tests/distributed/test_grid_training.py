@@ -124,8 +124,8 @@ def assembled(shares: list[list[tuple[str, Chunk]]]) -> dict[str, torch.Tensor]:
     return wholes
 
 
-ALL = [("zero1", "sgd", 0.0), ("zero1", "adamw", CLIP), ("zero2", "sgd", CLIP), ("zero2", "adamw", 0.0),
-       ("zero3", "sgd", 0.0), ("zero3", "adamw", CLIP), ("fsdp", "sgd", 0.0), ("fsdp", "adamw", CLIP), ("fsdp", "sgd", CLIP)]  # fmt: skip
+ALL = [("zero1", "sgd", 0.0), ("zero1", "adamw", CLIP), ("zero2", "sgd", CLIP), ("zero3", "adamw", 0.0), ("fsdp", "sgd", 0.0),
+       ("fsdp", "adamw", CLIP)]  # fmt: skip
 FEW = [("zero1", "adamw", CLIP), ("zero2", "sgd", CLIP), ("zero3", "sgd", 0.0), ("fsdp", "adamw", 0.0)]
 GRIDS = [
     (2, (2, 1, 1), FEW),

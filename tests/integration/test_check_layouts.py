@@ -110,13 +110,17 @@ def test_what_cannot_work_is_refused_with_the_nearest_that_can(demo_data, tmp_pa
     assert re.search(expected, str(result.exception)) and "\n" not in str(result.exception)
 
 
-def test_a_deepspeed_file_that_contradicts_is_refused(demo_data, tmp_path):
+def test_a_deepspeed_file_that_contradicts_or_is_not_deepspeed_s_is_refused(demo_data, tmp_path):
     file = tmp_path / "ds.json"
     file.write_text('{"gradient_clipping": 5.0, "zero_optimization": {"stage": 2}}')
     result = check(DIGITS, demo_data, tmp_path, f"parallel.deepspeed={file}", "--world-size", 2)
     assert isinstance(result.exception, ConfigError) and "gradient_clipping=5.0 contradicts train.clip" in str(
         result.exception
     )
+    file.write_text('{"zero_optimization": {"stage": 2, "nope": 1}}')
+    result = check(DIGITS, demo_data, tmp_path, f"parallel.deepspeed={file}", "--world-size", 2)
+    assert re.search("that DeepSpeed takes is expected, found: .* nope ", str(result.exception)), result.exception
+    assert isinstance(result.exception, ConfigError) and "\n" not in str(result.exception)
     file.write_text('{"gradient_clipping": "auto", "zero_optimization": {"stage": 2}}')
     result = check(DIGITS, demo_data, tmp_path, f"parallel.deepspeed={file}", "--world-size", 2)
     assert "deepspeed, ZeRO-2" in result.output

@@ -13,15 +13,17 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from mmscale.config.env import set_env_default
-from mmscale.errors import MissingExtraError
+from mmscale.errors import ConfigError, MissingExtraError
 from mmscale.parallel.engines.base import (
     NUM_UPDATES,
     Batch,
@@ -46,12 +48,17 @@ class DeepSpeedEngine:
     Live weights are fp32 or, with `train.dtype: bf16`, bf16 with fp32 masters; gradients are added up and reduced in fp32.
     """
 
-    def __init__(self, spec: EngineSpec, stage: int, config: Json) -> None:
+    def __init__(self, spec: EngineSpec, stage: int, config: Json, timeout: timedelta) -> None:
         """Wraps `spec.model`, whose weights must be final.
 
         Args:
             stage: 1 shards optimizer state, 2 gradients too, 3 weights too.
             config: from `deepspeed_config`.
+            timeout: after which a collective that does not complete ends the run.
+
+        Raises:
+            ConfigError: DeepSpeed does not take the config.
+            MissingExtraError: DeepSpeed is not installed.
         """
         self._spec = spec
         self._stage = stage
@@ -60,9 +67,16 @@ class DeepSpeedEngine:
         for name, param in self._params:
             # what deepspeed looks at when it adds up the norm over tensor-parallel ranks
             param.tensor_model_parallel = spec.is_writer(name)  # type: ignore[attr-defined]
-        self._deepspeed = _import_deepspeed(spec.mesh.device)
+        # in bf16 it rounds what is not trained too, and there are no masters of that
+        self._frozen = {
+            name: param.detach().to("cpu", copy=True)
+            for index, (name, param) in enumerate(self._params)
+            if name in spec.stored and not param.requires_grad and self._is_owner(index)
+        }
+        deepspeed = _import_deepspeed(spec.mesh.device)
+        _check_config(config)
         with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory figures per group
-            self._engine, *_ = self._deepspeed.initialize(
+            self._engine, *_ = deepspeed.initialize(
                 model=spec.model,
                 optimizer=spec.optimizer,
                 model_parameters=[p for _, p in self._params if p.requires_grad],
@@ -71,6 +85,8 @@ class DeepSpeedEngine:
                 # without tensor ranks its bf16 norm would be summed over the default group, which is all ranks
                 mpu=_Groups(spec.mesh) if spec.mesh.tensor.size > 1 else None,
             )
+        # it makes a group of its own, with torch's time-out of half an hour
+        _set_pg_timeout(timeout, self._engine.data_parallel_group)
         self._num_updates = 0
         self._fill_moments(0)
         self._engine.train()
@@ -116,18 +132,23 @@ class DeepSpeedEngine:
         if self._spec.mesh.is_main:
             yield NUM_UPDATES, Chunk(torch.tensor(self._num_updates), (), torch.Size())
         for index, (name, param) in enumerate(self._params):
-            if name in self._spec.stored:
-                whole = utils.safe_get_full_fp32_param(param) if param.requires_grad else self._whole_frozen(param)
-                yield from self._own_chunks(f"model.{name}", index, whole)
+            if name in self._frozen:
+                yield from self._own_chunks(f"model.{name}", index, self._frozen[name])
+            elif name in self._spec.stored and param.requires_grad:
+                yield from self._own_chunks(f"model.{name}", index, utils.safe_get_full_fp32_param(param))
             for moment in moment_names(self._spec.optimizer) if param.requires_grad else ():
                 whole = utils.safe_get_full_optimizer_state(param, moment)
                 yield from self._own_chunks(f"optim.state.{name}.{moment}", index, whole)
 
     def _own_chunks(self, state: str, index: int, whole: Tensor) -> Iterator[tuple[str, Chunk]]:
-        grads, name = self._spec.mesh.grads, self._params[index][0]
-        if index % grads.size == grads.rank:
+        name = self._params[index][0]
+        if self._is_owner(index):
             for chunk in self._spec.chunks(name, whole.float().cpu(), self._shapes[name]):
                 yield state, chunk
+
+    def _is_owner(self, index: int) -> bool:
+        """True on the one of the ranks that shard the parameter with this index that writes it into checkpoints."""
+        return index % self._spec.mesh.grads.size == self._spec.mesh.grads.rank
 
     def load_state(self, reader: StateReader) -> None:
         """See `Engine.load_state`. The live weights must have been loaded before the engine was made."""
@@ -181,10 +202,6 @@ class DeepSpeedEngine:
         else:
             utils.safe_set_local_optimizer_state(param, part, moment)
 
-    def _whole_frozen(self, param: nn.Parameter) -> Tensor:
-        with self._deepspeed.zero.GatheredParameters([param], enabled=self._stage == 3):
-            return param.detach().clone()
-
 
 class _Groups:
     """Our groups under the names that deepspeed asks for ("mpu").
@@ -216,6 +233,30 @@ class _Groups:
     get_tensor_model_parallel_group = get_model_parallel_group
     get_tensor_model_parallel_rank = get_model_parallel_rank
     get_tensor_model_parallel_world_size = get_model_parallel_world_size
+
+
+def check_config(config: Json) -> None:
+    """Refuses, on any machine, a configuration that DeepSpeed itself does not take.
+
+    Raises:
+        ConfigError: a key it does not know, or a value it cannot use.
+        MissingExtraError: it is not installed.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):  # its import says on which device it is
+        _import_deepspeed(torch.device("cpu"))
+    _check_config(config)
+
+
+def _check_config(config: Json) -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    try:
+        DeepSpeedConfig(dict(config))
+    except ValueError as error:
+        raise ConfigError(
+            f"parallel.deepspeed: a configuration that DeepSpeed takes is expected, found: {' '.join(str(error).split())}; correct "
+            "the file"
+        ) from error
 
 
 def _import_deepspeed(device: torch.device) -> ModuleType:

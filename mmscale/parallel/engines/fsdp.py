@@ -7,6 +7,7 @@ one sum. Tensor-parallel weights are plain local tensors to FSDP2 as well.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -170,6 +171,8 @@ class FsdpEngine:
 
 def _fully_shard(spec: EngineSpec, params: Mapping[str, nn.Parameter]) -> FSDPModule:
     _refuse_scalars(params)
+    # towers give slices of their output, and nobody changes these in place
+    warnings.filterwarnings("ignore", message=".*returned a view tensor", category=UserWarning)
     mesh = spec.mesh
     assert mesh.grads.group is not None, "the mesh of this engine has groups"
     device_mesh = DeviceMesh.from_group(mesh.grads.group, mesh.device.type, mesh_dim_names=("grads",))
