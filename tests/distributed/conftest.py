@@ -11,9 +11,12 @@ sys.path.insert(0, str(Path(__file__).parent))  # also handed on to the spawned 
 from gloo_ranks import Ranks
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ranks() -> Iterator[Callable[[int], Ranks]]:
-    """`ranks(2)` gives two gloo processes, started at the first use and kept for the whole session."""
+    """`ranks(2)` gives two gloo processes, started at the first use and kept for the tests of a file.
+
+    Not longer: deepspeed keeps groups of earlier engines in global variables, which no run of one engine ever meets.
+    """
     pools: dict[int, Ranks] = {}
 
     def get(world_size: int) -> Ranks:
