@@ -328,7 +328,7 @@ def pairs_of_cases(mesh, cases, seed):
         at = index.double()[:, None, None].expand(-1, 8, 2)
         recorder = Recorder()
         stand_ins = {
-            "backend": lambda *_, kernel=recorder: kernel,
+            "attention_kernel": lambda *_, kernel=recorder: kernel,
             "attend": lambda q, k, v, segments, scale, kernel, _: kernel.forward(q, k, v, segments, scale)[0],
         }
         with mock.patch.multiple(attention, **stand_ins), torch.no_grad():
