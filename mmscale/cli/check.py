@@ -32,7 +32,7 @@ from mmscale.streaming.unindexed.urls import list_shards
 
 
 def run(
-    config_path: str, overrides: list[str], world_size: int, ranks_per_node: int, device_gb: float | None = None
+    config_path: str, overrides: list[str], world_size: int, ranks_per_node: int = 8, device_gb: float | None = None
 ) -> None:
     """Validates the config for `world_size` processes and prints the layout; raises ConfigError when it cannot work."""
     config = load_config(config_path, overrides)

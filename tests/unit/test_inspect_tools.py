@@ -192,7 +192,7 @@ def test_a_process_that_dies_ends_the_check_with_what_is_done_kept(tmp_path: Pat
 
     def kill_one(done: int, total: int, what: str) -> None:
         for process in set(multiprocessing.active_children()) - others:
-            os.kill(process.pid, signal.SIGKILL)
+            process.kill()
 
     with pytest.raises(DataError, match="a process of the check died"):
         verify_folder(folder, kill_one, workers=1)
