@@ -8,7 +8,6 @@ import logging
 import multiprocessing
 import os
 import random
-import signal
 import sys
 from fractions import Fraction
 from html.parser import HTMLParser
