@@ -8,6 +8,7 @@ Shapes: L tokens, S tokens of a rank's share (L / n, rounded up), W width, n ten
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmscale.parallel.meter import CommMeter
+
+Change = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,10 @@ class TensorComm:
         parts = received.view(self.size, -1, *x_LW.shape[1:])
         return parts.sum(0, dtype=torch.promote_types(x_LW.dtype, torch.float32)).to(x_LW.dtype)
 
+    def own_share(self, x_LW: Tensor) -> Tensor:
+        """[S, W], this rank's rows of what every rank holds; L = n * S. No communication."""
+        return x_LW.chunk(self.size)[self.rank].contiguous()
+
     def copies_total(self, x: Tensor, copies: int) -> Tensor:
         """The sum over the `copies` neighbouring ranks that hold the same part, the same bits on each of them."""
         first = self.rank - self.rank % copies
@@ -86,47 +93,51 @@ class TensorComm:
 
 def enter(x: Tensor, comm: TensorComm) -> Tensor:
     """`x` as it is; its gradient is summed over the ranks, each of which used it with its part of the weights."""
-    return _Enter.apply(x, comm)
+    return _border(x, _same, comm.total)
 
 
 def leave(x: Tensor, comm: TensorComm) -> Tensor:
     """The sum of the ranks' parts `x`; its gradient is the same on each rank and passes as it is."""
-    return _Leave.apply(x, comm)
+    return _border(x, comm.total, _same)
 
 
 def gather_tokens(x_1SW: Tensor, comm: TensorComm) -> Tensor:
     """[1, n * S, W] from the ranks' shares; the gradients of all ranks are summed and each gets its share's. An entry."""
-    return _GatherTokens.apply(x_1SW, comm)
+    return _border(x_1SW[0], comm.gathered, comm.scattered)[None]
 
 
 def scatter_tokens(x_1LW: Tensor, comm: TensorComm) -> Tensor:
     """[1, S, W], this rank's share of the sum of the ranks' parts, zeros behind the last token. An exit."""
-    return _ScatterTokens.apply(_padded(x_1LW, comm), comm)
+    return _border(_padded(x_1LW, comm)[0], comm.scattered, comm.gathered)[None]
 
 
 def share_tokens(x_1LW: Tensor, comm: TensorComm) -> Tensor:
     """[1, S, W], this rank's share of what every rank holds, zeros behind the last token; gradients are gathered."""
-    return _ShareTokens.apply(_padded(x_1LW, comm), comm)
+    return _border(_padded(x_1LW, comm)[0], comm.own_share, comm.gathered)[None]
 
 
 def collect_tokens(x_1SW: Tensor, comm: TensorComm) -> Tensor:
     """[1, n * S, W] on every rank from its shares; the gradient, the same on each rank, is cut to the share."""
-    return _CollectTokens.apply(x_1SW, comm)
+    return _border(x_1SW[0], comm.gathered, comm.own_share)[None]
 
 
 def sum_gradient(weight: Tensor, comm: TensorComm) -> Tensor:
     """`weight` as it is; its gradient is summed over the ranks, each of which saw its own heads or tokens only."""
-    return _SumGradient.apply(weight, comm)
+
+    def total(grad: Tensor) -> Tensor:
+        return comm.total(grad.to(torch.promote_types(grad.dtype, torch.float32))).to(grad.dtype)
+
+    return _border(weight, _same, total)
 
 
 def sum_copies(weight: Tensor, comm: TensorComm, copies: int) -> Tensor:
     """`weight` as it is; its gradient is summed over the `copies` neighbouring ranks that hold the same weight."""
-    return weight if copies == 1 else _SumCopies.apply(weight, comm, copies)
+    return weight if copies == 1 else _border(weight, _same, lambda grad: comm.copies_total(grad, copies))
 
 
 def divide(weight: Tensor, comm: TensorComm) -> Tensor:
     """`weight` / n, for one that every rank adds before the ranks are summed; the gradient passes undivided."""
-    return _Divide.apply(weight, comm)
+    return _border(weight, lambda value: value / comm.size, _same)
 
 
 def _padded(x_1LW: Tensor, comm: TensorComm) -> Tensor:
@@ -134,103 +145,22 @@ def _padded(x_1LW: Tensor, comm: TensorComm) -> Tensor:
     return F.pad(x_1LW, (0, 0, 0, missing)) if missing else x_1LW
 
 
-def _own_share(x_1LW: Tensor, comm: TensorComm) -> Tensor:
-    return x_1LW.chunk(comm.size, 1)[comm.rank].contiguous()
+def _same(x: Tensor) -> Tensor:
+    return x.view_as(x)
 
 
-class _Enter(torch.autograd.Function):
+def _border(x: Tensor, there: Change, back: Change) -> Tensor:
+    """`there(x)`, whose gradient on its way back goes through `back`."""
+    out: Tensor = _Border.apply(x, there, back)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Border(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, comm: TensorComm) -> Tensor:
-        ctx.comm = comm
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.comm.total(grad), None
-
-
-class _Leave(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, comm: TensorComm) -> Tensor:
-        return comm.total(x)
+    def forward(ctx: Any, x: Tensor, there: Change, back: Change) -> Tensor:
+        ctx.back = back
+        return there(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-class _GatherTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_1SW: Tensor, comm: TensorComm) -> Tensor:
-        ctx.comm = comm
-        return comm.gathered(x_1SW[0])[None]
-
-    @staticmethod
-    def backward(ctx: Any, grad_1LW: Tensor) -> tuple[Tensor, None]:
-        return ctx.comm.scattered(grad_1LW[0])[None], None
-
-
-class _ScatterTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_1LW: Tensor, comm: TensorComm) -> Tensor:
-        ctx.comm = comm
-        return comm.scattered(x_1LW[0])[None]
-
-    @staticmethod
-    def backward(ctx: Any, grad_1SW: Tensor) -> tuple[Tensor, None]:
-        return ctx.comm.gathered(grad_1SW[0])[None], None
-
-
-class _ShareTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_1LW: Tensor, comm: TensorComm) -> Tensor:
-        ctx.comm = comm
-        return _own_share(x_1LW, comm)
-
-    @staticmethod
-    def backward(ctx: Any, grad_1SW: Tensor) -> tuple[Tensor, None]:
-        return ctx.comm.gathered(grad_1SW[0])[None], None
-
-
-class _CollectTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_1SW: Tensor, comm: TensorComm) -> Tensor:
-        ctx.comm = comm
-        return comm.gathered(x_1SW[0])[None]
-
-    @staticmethod
-    def backward(ctx: Any, grad_1LW: Tensor) -> tuple[Tensor, None]:
-        return _own_share(grad_1LW, ctx.comm), None
-
-
-class _SumGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, comm: TensorComm) -> Tensor:
-        ctx.comm = comm
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
-        return ctx.comm.total(wide).to(grad.dtype), None
-
-
-class _SumCopies(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, comm: TensorComm, copies: int) -> Tensor:
-        ctx.comm, ctx.copies = comm, copies
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.comm.copies_total(grad, ctx.copies), None, None
-
-
-class _Divide(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, comm: TensorComm) -> Tensor:
-        return weight / comm.size
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.back(grads[0]), None, None
