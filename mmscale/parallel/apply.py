@@ -22,7 +22,7 @@ from mmscale.errors import ConfigError
 from mmscale.logging import get_logger
 from mmscale.model.composite import MultimodalLM
 from mmscale.parallel.engines.base import Engine, EngineSpec, StateReader, check_names, state_names
-from mmscale.parallel.engines.deepspeed_json import Known, deepspeed_config, offloads_optimizer, zero_stage
+from mmscale.parallel.engines.deepspeed_json import Known, deepspeed_config, zero_stage
 from mmscale.parallel.engines.single import SingleEngine
 from mmscale.parallel.layout import ShardLayout
 from mmscale.parallel.mesh import Mesh, resolve_engine
@@ -72,17 +72,6 @@ def make_engine(
     if resume is not None:
         engine.load_state(resume)
     return engine
-
-
-def engine_facts(parallel: ParallelConfig, world_size: int) -> str:
-    """The engine of a run in a few words, such as `DeepSpeed ZeRO-3, optimizer in host memory`."""
-    kind = resolve_engine(parallel, world_size)
-    if kind == "single":
-        return "none (one process)"
-    if kind == "fsdp":
-        return "FSDP2, fully sharded"
-    place = ", optimizer in host memory" if offloads_optimizer(parallel) else ""
-    return f"DeepSpeed ZeRO-{zero_stage(parallel)}{place}"
 
 
 def external_parts(model: ModelConfig, train: TrainConfig) -> dict[str, str]:

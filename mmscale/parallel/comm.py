@@ -5,12 +5,13 @@ Distributed: every rank of `mesh.host_group` must call them, in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+from mmscale.errors import MmscaleError
 from mmscale.parallel.mesh import Mesh
 
 T = TypeVar("T")
@@ -64,6 +65,20 @@ def broadcast_object(mesh: Mesh, item: T) -> T:
     box = [item]
     dist.broadcast_object_list(box, src=0, group=mesh.host_group)
     return box[0]
+
+
+def on_main(mesh: Mesh, work: Callable[[], T]) -> T:
+    """The result of `work`, run on rank 0, on every rank; an error of mmscale's own is raised on every rank too."""
+    outcome: tuple[T | None, MmscaleError | None] = (None, None)
+    if mesh.is_main:
+        try:
+            outcome = (work(), None)
+        except MmscaleError as error:
+            outcome = (None, error)
+    value, problem = broadcast_object(mesh, outcome)
+    if problem is not None:
+        raise problem
+    return value  # type: ignore[return-value]
 
 
 def barrier(mesh: Mesh) -> None:

@@ -152,7 +152,7 @@ def _collected_keys(work: Workload) -> float:
     numbers = 2 * max(work.kv_heads, work.ulysses) / work.ulysses * work.llm.head_size
     if work.sp == "ring":
         return 2 * -(-work.seq_len // work.ring) * numbers * (work.bytes_each + _FP32)
-    layers = work.llm.layers if work.keeps_keys and not work.checkpoint_activations else 1
+    layers = 1 if work.checkpoint_activations else work.llm.layers
     return work.seq_len * numbers * (layers * work.bytes_each + _FP32)
 
 

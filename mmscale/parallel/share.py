@@ -16,8 +16,8 @@ from torch import Tensor
 from mmscale.errors import ParallelError
 from mmscale.model.batch import ModelBatch
 from mmscale.parallel.mesh import Mesh
-from mmscale.parallel.sp.attention import Kind
 from mmscale.parallel.sp.media import TowerInput
+from mmscale.parallel.sp.plan import Kind
 from mmscale.parallel.sp.split import LocalPart, bind, split
 from mmscale.streaming import transport
 from mmscale.types import Modality, PackedBatch, Spans

@@ -4,12 +4,12 @@ Formulas per layer and forward pass, with P = U x R, T tokens of a pack, b bytes
 tensor-parallel rank, C = max(G, U), D channels per head:
 
     ulysses             (U - 1) / U x T / P x D b (2 H + 2 C)
-    exchange, gather    (R - 1) x T / R x 2 C / U x D b; the exchange sends the share of it that queries need
-    ring                the same
+    gather              (R - 1) x T / R x 2 C / U x D b
+    exchange            at most that, for a pack of one document; 0.02 to 0.5 of it for packs of many (docs/parallelism.md)
+    ring                as gather
     tensor              2 all-reduces of T / P x width
 
-and backward: ulysses the same; gather and exchange the gradients in fp32, and keys and values again where they are not kept; ring keys and
-values and fp32 gradients. An all-reduce of n bytes over k ranks sends 2 (k - 1) / k x n, a reduce-scatter or an all-gather half of it.
+and backward: ulysses the same; gather and exchange the gradients in fp32; ring keys and values and fp32 gradients. An all-reduce of n bytes over k ranks sends 2 (k - 1) / k x n, a reduce-scatter or an all-gather half of it.
 """
 
 from __future__ import annotations
@@ -60,18 +60,13 @@ def groups(work: Workload) -> dict[str, range]:
     }
 
 
-def links(work: Workload, needed_share: float = 1.0) -> tuple[Link, ...]:
-    """Everything that one rank sends in a step, the largest first; links without bytes are left out.
-
-    Args:
-        needed_share: of the keys and values of other ranks those that the queries here need (`sp: exchange`); 1 for packs of one
-            document, 0.02 to 0.5 for packs of many (see docs/parallelism.md).
-    """
-    found = [*_layer_links(work, needed_share), *_pack_links(work), *_engine_links(work)]
+def links(work: Workload) -> tuple[Link, ...]:
+    """Everything that one rank sends in a step, the largest first; links without bytes are left out."""
+    found = [*_layer_links(work), *_pack_links(work), *_engine_links(work)]
     return tuple(sorted((link for link in found if link.sent), key=lambda link: -link.sent))
 
 
-def _layer_links(work: Workload, needed_share: float) -> Iterator[Link]:
+def _layer_links(work: Workload) -> Iterator[Link]:
     llm, ranks = work.llm, groups(work)
     times = work.packs * llm.layers
     passes = 2 if work.checkpoint_activations else 1  # the forward pass is run again
@@ -81,9 +76,8 @@ def _layer_links(work: Workload, needed_share: float) -> Iterator[Link]:
         yield Link("ulysses", ranks["ulysses"], times * (passes * forward + backward), times * 2 * (passes + 1))
     if work.ring > 1:
         rows = (work.ring - 1) * work.tokens * work.ulysses
-        rows = round(rows * needed_share) if work.sp == "exchange" else rows
-        forward, backward = outer_bytes(rows, rows, work.sp, work.ulysses, shape, work.keeps_keys)
-        again = 1 if work.sp == "ring" or not work.keeps_keys else 0
+        forward, backward = outer_bytes(rows, rows, work.sp, work.ulysses, shape)
+        again = 1 if work.sp == "ring" else 0
         hops = work.ring - 1 if work.sp == "ring" else 1
         yield Link(work.sp, ranks["ring"], times * (passes * forward + backward), times * hops * (passes + again + 1))
     if work.tensor > 1:

@@ -12,6 +12,7 @@ from mmscale.config.schema import Config, TowerConfig
 from mmscale.config.specs import tower_config, vision_grid
 from mmscale.parallel.engines.deepspeed_json import offloads_optimizer, zero_stage
 from mmscale.parallel.mesh import resolve_engine
+from mmscale.parallel.sp.plan import Kind
 from mmscale.types import MediaSpecs
 
 
@@ -47,7 +48,6 @@ class Workload:
     llm, vocab     sizes of the language model and rows of its head; `embeddings`: matrices of that many rows, 1 when tied
     towers         part name -> sizes of a tower; `media_inputs`: most inputs of each in a pack
     is_bf16, checkpoint_activations, is_adam   as in `train`
-    keeps_keys     keys and values collected from other ranks stay until the backward pass, instead of being sent again
     """
 
     engine: Literal["single", "deepspeed", "fsdp"]
@@ -56,7 +56,7 @@ class Workload:
     tensor: int
     ulysses: int
     ring: int
-    sp: Literal["exchange", "gather", "ring"]
+    sp: Kind
     tensor_sequence: bool
     offload: bool
     seq_len: int
@@ -70,7 +70,6 @@ class Workload:
     is_bf16: bool
     checkpoint_activations: bool
     is_adam: bool
-    keeps_keys: bool = True
 
     @property
     def sequence(self) -> int:

@@ -13,10 +13,7 @@ from gloo_ranks import Ranks
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Callable[[int], Ranks]]:
-    """`ranks(2)` gives two gloo processes, started at the first use and kept for the tests of a file.
-
-    Not longer: deepspeed keeps groups of earlier engines in global variables, which no run of one engine ever meets.
-    """
+    """`ranks(2)` gives two gloo processes, started at the first use and kept for the tests of a file."""
     pools: dict[int, Ranks] = {}
 
     def get(world_size: int) -> Ranks:

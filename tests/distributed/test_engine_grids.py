@@ -12,7 +12,18 @@ from typing import Any
 import pytest
 import torch
 from grids import grid
-from tiny_run import FSDP, Batch, TinyModel, build, documents, micro_batches, train_config, train_steps, whole_state
+from tiny_run import (
+    FSDP,
+    Batch,
+    Memory,
+    TinyModel,
+    build,
+    documents,
+    micro_batches,
+    train_config,
+    train_steps,
+    whole_state,
+)
 from torch import nn
 
 from mmscale.config.env import Launch
@@ -106,20 +117,6 @@ def test_the_comparison_detects_uncounted_tensor_ranks_and_an_average_over_seque
         assert abs(losses[0][1] / want[0][1] - 1) > 1e-3, "half of the cut matrices should be missing in the norm"
     for losses in averaged:
         assert losses[0][1] == pytest.approx(want[0][1] / 2, rel=1e-4)
-
-
-class Memory:
-    """A checkpoint in memory."""
-
-    def __init__(self, state: dict[str, torch.Tensor]) -> None:
-        self._state = state
-
-    @property
-    def names(self) -> frozenset[str]:
-        return frozenset(self._state)
-
-    def read(self, name: str) -> torch.Tensor:
-        return self._state[name]
 
 
 def resumed_runs(mesh: Mesh, degrees: dict[str, int], state: dict[str, torch.Tensor] | None, seed: int) -> Any:

@@ -93,12 +93,12 @@ def run_case(mesh, case, dtype, seed, index_of=local_index):
 
     from mmscale.parallel.sp.attention import SequenceAttention
 
-    ulysses, ring, kind, layout, lengths, (heads, kv_heads), window, with_sinks, keep = case
+    ulysses, ring, kind, layout, lengths, (heads, kv_heads), window, with_sinks = case
     m = grid(mesh, ulysses=ulysses, ring=ring)
     lengths = padded_lengths(lengths, ulysses * ring)
     spans = spans_of(layout, lengths, ring, ulysses, seed)
     index = torch.from_numpy(index_of(spans, lengths, m.ring.rank, m.ulysses.rank, ulysses))
-    pack = SequenceAttention(spans, lengths, m, kind, keep_keys=keep)
+    pack = SequenceAttention(spans, lengths, m, kind)
     assert pack.num_tokens == len(index)
     q, k, v, up, sinks = (x.to(dtype) for x in tensors(seed, sum(lengths), heads, kv_heads))
     local = [x[index].requires_grad_() for x in (q, k, v)] + ([sinks.requires_grad_()] if with_sinks else [])
@@ -150,9 +150,7 @@ def cases_for(world, seed):
             legal = [h for h in heads if h[0] % ulysses == 0]
             window = None if kind == "ring" else windows[count % len(windows)]
             pack = packs[count % len(packs)]
-            found.append(
-                (ulysses, ring, kind, layout, pack, legal[count % len(legal)], window, count % 3 == 0, count % 2 == 0)
-            )
+            found.append((ulysses, ring, kind, layout, pack, legal[count % len(legal)], window, count % 3 == 0))
     return found
 
 
@@ -182,7 +180,7 @@ def errors_with_rows_of_vila(mesh, case, seed):
 def test_a_wrong_hybrid_layout_is_found(ranks, seed):
     """Negative control: the order of ring and Ulysses layout exchanged."""
     for kind in KINDS:
-        case = (2, 2, kind, "zigzag", (96,), (4, 4), None, False, True)
+        case = (2, 2, kind, "zigzag", (96,), (4, 4), None, False)
         errors = relative_errors(ranks(4).run(errors_with_rows_of_vila, case, seed))
         assert min(errors.values()) > 1e-2, errors
 
@@ -210,7 +208,7 @@ def test_bf16_is_as_exact_as_one_rank(world, ranks, seed):
     lengths = (*random_lengths(rng, 200), 312)
     grids = [(u, world // u) for u in (1, 2, world)]
     cases = [
-        (u, r, kind, "per_document", lengths, (8, 2), None, False, True)
+        (u, r, kind, "per_document", lengths, (8, 2), None, False)
         for u, r in grids
         for kind in (KINDS if r > 1 else KINDS[:1])
     ]

@@ -226,3 +226,17 @@ def whole_state(engine: Engine, mesh: Mesh) -> dict[str, Tensor]:
         covered.setdefault(name, torch.zeros(whole, dtype=torch.int64))[place] += 1
     assert all((times == 1).all() for times in covered.values()), "chunks overlap or leave holes"
     return state
+
+
+class Memory:
+    """A checkpoint in memory."""
+
+    def __init__(self, state: dict[str, Tensor]) -> None:
+        self._state = state
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(self._state)
+
+    def read(self, name: str) -> Tensor:
+        return self._state[name]

@@ -20,15 +20,18 @@ from mmscale.kernels.attention.math import Math
 from mmscale.kernels.attention.merge import add_sinks, empty_result, merge_, sinks_grad
 from mmscale.kernels.attention.select import KERNELS, backend, explain, usable
 from mmscale.kernels.attention.torch_flash import TorchFlash
+from mmscale.kernels.attention.varlen import VarlenBackend
 
 CPU = torch.device("cpu")
 
 
-class StandIn:
+class StandIn(VarlenBackend):
     """A varlen kernel with the freedoms that the real ones take: it writes NaN into rows that it has no business with."""
 
-    def __init__(self):
-        self.calls = []
+    name = "stand_in"
+
+    def refuses(self, device, dtype, head_dim=None):
+        return None
 
     def segments(self, q, k, launch):
         cu_q, cu_k = launch.cu_q.tolist(), launch.cu_k.tolist()
@@ -41,8 +44,7 @@ class StandIn:
         window = None if launch.window_left == -1 else launch.window_left + 1
         return Segments(tuple(rows), causal, window)
 
-    def forward(self, q, k, v, launch, scale):
-        self.calls.append(launch)
+    def launch_forward(self, q, k, v, launch, scale):
         assert all(x.stride(-1) == 1 for x in (q, k, v))
         segments = self.segments(q, k, launch)
         out, lse = Math().forward(q, k, v, segments, scale)
@@ -50,7 +52,7 @@ class StandIn:
             out[row], lse[:, row] = torch.nan, torch.inf
         return out, lse
 
-    def backward(self, dout, q, k, v, out, lse, launch, scale):
+    def launch_backward(self, dout, q, k, v, out, lse, launch, scale):
         assert lse.is_contiguous() and all(x.stride(-1) == 1 for x in (dout, q, k, v, out))
         segments = self.segments(q, k, launch)
         grads = Math().backward(dout, q, k, v, out, lse, segments, scale)
@@ -59,19 +61,6 @@ class StandIn:
             for row in _gaps(used, len(grad)):
                 grad[row] = torch.nan
         return tuple(x.to(q.dtype) for x in grads)
-
-
-class OnStandIn(TorchFlash):
-    """The launches of flash attention with the stand-in as kernel."""
-
-    def __init__(self):
-        self.kernel = StandIn()
-
-    def forward(self, *args):
-        return varlen.forward(self.kernel, *args)
-
-    def backward(self, *args):
-        return varlen.backward(self.kernel, *args)
 
 
 def _tuples(segments):
@@ -95,7 +84,7 @@ def test_conformance(name, dtype, seed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_conformance_of_launches(dtype, seed):
     """Everything around a varlen kernel; no fp64, because the log-sum-exp of such kernels is fp32."""
-    conform(OnStandIn(), dtype, seed)
+    conform(StandIn(), dtype, seed)
 
 
 def conform(kernel, dtype, seed):
@@ -172,7 +161,7 @@ def test_gradients_that_come_expanded(seed):
     rng = random.Random(seed)
     q, k, v, _ = inputs(rng, torch.float32, CPU, 4, 2)
     segments = random_segments(rng, len(q), len(k), True)
-    for kernel in (CpuAten(), OnStandIn()):
+    for kernel in (CpuAten(), StandIn()):
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
         attend(*leaves, segments, 0.3, kernel).sum().backward()
         exact = [x.double().requires_grad_() for x in (q, k, v)]
@@ -299,7 +288,7 @@ def package(monkeypatch):
     ):  # fmt: skip
         launch = _Borders(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window_size_left, window_size_right)
         assert causal == (window_size_right == 0) and dropout_p == 0.0
-        return (*StandIn().forward(q, k, v, launch, softmax_scale), None, None)[: made.num_results]
+        return (*StandIn().launch_forward(q, k, v, launch, softmax_scale), None, None)[: made.num_results]
 
     def varlen_backward(
         dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
@@ -307,7 +296,7 @@ def package(monkeypatch):
     ):  # fmt: skip
         assert (softcap, alibi_slopes, deterministic) == (0.0, None, False)
         launch = _Borders(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window_size_left, window_size_right)
-        grads = StandIn().backward(dout, q, k, v, out, softmax_lse, launch, softmax_scale)
+        grads = StandIn().launch_backward(dout, q, k, v, out, softmax_lse, launch, softmax_scale)
         for place, grad in zip((dq, dk, dv), grads, strict=True):
             place.copy_(grad)
 

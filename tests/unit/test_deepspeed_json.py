@@ -11,7 +11,6 @@ import pytest
 
 from mmscale.config.schema import ParallelConfig, TrainConfig
 from mmscale.errors import ConfigError
-from mmscale.parallel.apply import engine_facts
 from mmscale.parallel.engines.deepspeed_json import Known, deepspeed_config
 
 HIDDEN = 64
@@ -180,12 +179,3 @@ def test_one_auto_anywhere_is_either_known_or_refused(resolve, seed) -> None:
             assert '"auto"' not in json.dumps(resolve(content, {"schedule": "constant"}))
         except ConfigError as refusal:
             assert key in str(refusal)
-
-
-def test_the_engine_is_named_with_its_stage(tmp_path) -> None:
-    path = tmp_path / "ds.json"
-    path.write_text(json.dumps(PUBLISHED["zero3_offload"]))
-    assert engine_facts(ParallelConfig(), 1) == "none (one process)"
-    assert engine_facts(ParallelConfig(zero_stage=2), 2) == "DeepSpeed ZeRO-2"
-    assert engine_facts(ParallelConfig(engine="fsdp"), 2).startswith("FSDP2")
-    assert engine_facts(ParallelConfig(deepspeed=str(path)), 2) == "DeepSpeed ZeRO-3, optimizer in host memory"

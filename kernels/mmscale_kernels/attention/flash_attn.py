@@ -13,15 +13,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from mmscale.kernels.attention import varlen
-from mmscale.kernels.attention.base import Segments
 from mmscale.kernels.attention.torch_flash import refuses_like_flash
-from mmscale.kernels.attention.varlen import Launch
+from mmscale.kernels.attention.varlen import Launch, VarlenBackend
 
 _RESULTS = ("out", "log-sum-exp", "dropout mask", "random state")
 
 
-class FlashAttn:
+class FlashAttn(VarlenBackend):
     """See `AttentionBackend`; one kernel launch unless keys of segments overlap."""
 
     name = "flash_attn"
@@ -32,36 +30,14 @@ class FlashAttn:
             return "the package flash-attn is not installed; pip install flash-attn --no-build-isolation"
         return refuses_like_flash(device, dtype, head_dim)
 
-    def forward(
-        self, q_QHD: Tensor, k_KGD: Tensor, v_KGD: Tensor, segments: Segments, scale: float
+    def launch_forward(
+        self, q_QHD: Tensor, k_KGD: Tensor, v_KGD: Tensor, launch: Launch, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """See `AttentionBackend.forward`."""
-        return varlen.forward(_PackageVarlen(), q_QHD, k_KGD, v_KGD, segments, scale)
-
-    def backward(
-        self, dout_QHD: Tensor, q_QHD: Tensor, k_KGD: Tensor, v_KGD: Tensor, out_QHD: Tensor, lse_HQ: Tensor,
-        segments: Segments, scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """See `AttentionBackend.backward`."""
-        return varlen.backward(_PackageVarlen(), dout_QHD, q_QHD, k_KGD, v_KGD, out_QHD, lse_HQ, segments, scale)
-
-
-@lru_cache(maxsize=1)
-def _package() -> ModuleType:
-    from flash_attn import flash_attn_interface
-
-    interface: ModuleType = flash_attn_interface
-    return interface
-
-
-class _PackageVarlen:
-    """See `VarlenKernel`."""
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, launch: Launch, scale: float) -> tuple[Tensor, Tensor]:
+        """See `VarlenBackend.launch_forward`."""
         results = _package()._flash_attn_varlen_forward(
-            q=q,
-            k=k,
-            v=v,
+            q=q_QHD,
+            k=k_KGD,
+            v=v_KGD,
             cu_seqlens_q=launch.cu_q,
             cu_seqlens_k=launch.cu_k,
             max_seqlen_q=launch.max_q,
@@ -81,17 +57,19 @@ class _PackageVarlen:
         out, lse = results[:2]
         return out, lse
 
-    def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, launch: Launch, scale: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    def launch_backward(
+        self, dout_QHD: Tensor, q_QHD: Tensor, k_KGD: Tensor, v_KGD: Tensor, out_QHD: Tensor, lse_HQ: Tensor,
+        launch: Launch, scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """See `VarlenBackend.launch_backward`."""
+        dq, dk, dv = (torch.empty_like(x) for x in (q_QHD, k_KGD, v_KGD))
         _package()._flash_attn_varlen_backward(
-            dout=dout,
-            q=q,
-            k=k,
-            v=v,
-            out=out,
-            softmax_lse=lse,
+            dout=dout_QHD,
+            q=q_QHD,
+            k=k_KGD,
+            v=v_KGD,
+            out=out_QHD,
+            softmax_lse=lse_HQ,
             dq=dq,
             dk=dk,
             dv=dv,
@@ -109,3 +87,11 @@ class _PackageVarlen:
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
         return dq, dk, dv
+
+
+@lru_cache(maxsize=1)
+def _package() -> ModuleType:
+    from flash_attn import flash_attn_interface
+
+    interface: ModuleType = flash_attn_interface
+    return interface

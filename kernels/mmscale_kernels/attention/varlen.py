@@ -9,11 +9,11 @@ Shapes: Q query rows, K key rows, H query heads, G key/value heads, D head size,
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -57,68 +57,72 @@ class Launch:
         return 0 if self.causal else -1
 
 
-class VarlenKernel(Protocol):
-    """A kernel over the sequences of a launch; all tensors hold the launch's rows only."""
+class VarlenBackend(ABC):
+    """An `AttentionBackend` that works launch by launch; a subclass gives the two functions of its kernel for one launch.
 
-    def forward(
+    All tensors of these hold the launch's rows only; into unused rows they may write anything.
+    """
+
+    name: str
+
+    @abstractmethod
+    def refuses(self, device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> str | None:
+        """See `AttentionBackend.refuses`."""
+
+    @abstractmethod
+    def launch_forward(
         self, q_QHD: Tensor, k_KGD: Tensor, v_KGD: Tensor, launch: Launch, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """(out [Q, H, D], log-sum-exp fp32 [H, Q]), anything in unused rows."""
-        ...
+        """(out [Q, H, D], log-sum-exp fp32 [H, Q])."""
 
-    def backward(
+    @abstractmethod
+    def launch_backward(
         self, dout_QHD: Tensor, q_QHD: Tensor, k_KGD: Tensor, v_KGD: Tensor, out_QHD: Tensor, lse_HQ: Tensor,
         launch: Launch, scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """(dq, dk, dv), anything in unused rows."""
-        ...
+        """(dq, dk, dv), given the final out and log-sum-exp."""
 
+    def forward(
+        self, q_QHD: Tensor, k_KGD: Tensor, v_KGD: Tensor, segments: Segments, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """See `AttentionBackend.forward`."""
+        q_QHD, k_KGD, v_KGD = (_packed(x) for x in (q_QHD, k_KGD, v_KGD))
+        out, lse = None, None
+        for launch in launches(segments, q_QHD.device):
+            queries, keys = slice(launch.q_start, launch.q_end), slice(launch.k_start, launch.k_end)
+            part, part_lse = self.launch_forward(q_QHD[queries], k_KGD[keys], v_KGD[keys], launch, scale)
+            if out is None and len(part) == len(q_QHD):  # one launch is the usual case: nothing is copied
+                out, lse = _clear(part, launch.unused_q, 0, 0.0), _clear(part_lse, launch.unused_q, 1, -torch.inf)
+                continue
+            if out is None or lse is None:
+                out, lse = _nothing(q_QHD)
+            _put(out[queries], part, launch.unused_q, 0)
+            _put(lse[:, queries], part_lse, launch.unused_q, 1)
+        return _nothing(q_QHD) if out is None or lse is None else (out, lse)
 
-def forward(
-    kernel: VarlenKernel, q_QHD: Tensor, k_KGD: Tensor, v_KGD: Tensor, segments: Segments, scale: float
-) -> tuple[Tensor, Tensor]:
-    """See `AttentionBackend.forward`."""
-    q_QHD, k_KGD, v_KGD = (_packed(x) for x in (q_QHD, k_KGD, v_KGD))
-    out, lse = None, None
-    for launch in launches(segments, q_QHD.device):
-        queries, keys = slice(launch.q_start, launch.q_end), slice(launch.k_start, launch.k_end)
-        part, part_lse = kernel.forward(q_QHD[queries], k_KGD[keys], v_KGD[keys], launch, scale)
-        if out is None and len(part) == len(q_QHD):  # one launch is the usual case: nothing is copied
-            out, lse = _clear(part, launch.unused_q, 0, 0.0), _clear(part_lse, launch.unused_q, 1, -torch.inf)
-            continue
-        if out is None or lse is None:
-            out = torch.zeros_like(q_QHD)
-            lse = out.new_full((q_QHD.shape[1], len(q_QHD)), -torch.inf, dtype=torch.float32)
-        _put(out[queries], part, launch.unused_q, 0)
-        _put(lse[:, queries], part_lse, launch.unused_q, 1)
-    if out is None or lse is None:
-        return torch.zeros_like(q_QHD), q_QHD.new_full((q_QHD.shape[1], len(q_QHD)), -torch.inf, dtype=torch.float32)
-    return out, lse
-
-
-def backward(
-    kernel: VarlenKernel, dout_QHD: Tensor, q_QHD: Tensor, k_KGD: Tensor, v_KGD: Tensor, out_QHD: Tensor,
-    lse_HQ: Tensor, segments: Segments, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """See `AttentionBackend.backward`; the gradients of the keys are fp32 when several launches add to them."""
-    dout_QHD, q_QHD, k_KGD, v_KGD, out_QHD = (_packed(x) for x in (dout_QHD, q_QHD, k_KGD, v_KGD, out_QHD))
-    calls = launches(segments, q_QHD.device)
-    dq = torch.zeros_like(q_QHD)
-    dtype = accumulate_dtype(k_KGD.dtype) if len(calls) > 1 else k_KGD.dtype
-    dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (k_KGD, v_KGD))
-    for launch in calls:
-        queries, keys = slice(launch.q_start, launch.q_end), slice(launch.k_start, launch.k_end)
-        by_query = (dout_QHD[queries], q_QHD[queries])
-        final = (out_QHD[queries], lse_HQ[:, queries].contiguous())
-        parts = kernel.backward(*by_query, k_KGD[keys], v_KGD[keys], *final, launch, scale)
-        part_q = _clear(parts[0], launch.unused_q, 0, 0.0)
-        part_k, part_v = (_clear(x, launch.unused_k, 0, 0.0) for x in parts[1:])
-        if len(calls) == 1 and len(part_q) == len(dq) and len(part_k) == len(dk):
-            return part_q, part_k, part_v
-        dq[queries] += part_q  # rows of other launches are 0 here
-        dk[keys] += part_k
-        dv[keys] += part_v
-    return dq, dk, dv
+    def backward(
+        self, dout_QHD: Tensor, q_QHD: Tensor, k_KGD: Tensor, v_KGD: Tensor, out_QHD: Tensor, lse_HQ: Tensor,
+        segments: Segments, scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """See `AttentionBackend.backward`; the gradients of the keys are fp32 when several launches add to them."""
+        dout_QHD, q_QHD, k_KGD, v_KGD, out_QHD = (_packed(x) for x in (dout_QHD, q_QHD, k_KGD, v_KGD, out_QHD))
+        calls = launches(segments, q_QHD.device)
+        dq = torch.zeros_like(q_QHD)
+        dtype = accumulate_dtype(k_KGD.dtype) if len(calls) > 1 else k_KGD.dtype
+        dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (k_KGD, v_KGD))
+        for launch in calls:
+            queries, keys = slice(launch.q_start, launch.q_end), slice(launch.k_start, launch.k_end)
+            by_query = (dout_QHD[queries], q_QHD[queries])
+            final = (out_QHD[queries], lse_HQ[:, queries].contiguous())
+            parts = self.launch_backward(*by_query, k_KGD[keys], v_KGD[keys], *final, launch, scale)
+            part_q = _clear(parts[0], launch.unused_q, 0, 0.0)
+            part_k, part_v = (_clear(x, launch.unused_k, 0, 0.0) for x in parts[1:])
+            if len(calls) == 1 and len(part_q) == len(dq) and len(part_k) == len(dk):
+                return part_q, part_k, part_v
+            dq[queries] += part_q  # rows of other launches are 0 here
+            dk[keys] += part_k
+            dv[keys] += part_v
+        return dq, dk, dv
 
 
 @lru_cache(maxsize=256)
@@ -185,6 +189,12 @@ def _on(device: torch.device, values: Sequence[int]) -> Tensor:
 def _move(x: Tensor, device: torch.device) -> Tensor:
     # from pinned memory the copy needs no wait for the device
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+def _nothing(q_QHD: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of queries that see no key."""
+    lse_HQ = q_QHD.new_full((q_QHD.shape[1], len(q_QHD)), -torch.inf, dtype=torch.float32)
+    return torch.zeros_like(q_QHD), lse_HQ
 
 
 def _packed(x_nHD: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ and `.exp_avg_sq`, all fp32 and whole; `optim.num_updates` is a scalar (int64), 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -78,9 +79,9 @@ class Engine(Protocol):
         ...
 
     def state_views(self) -> Iterator[tuple[str, Chunk]]:
-        """State names and CPU tensors in chunks, of which those of all ranks cover each whole tensor exactly once.
+        """State names and tensors in chunks, on any device, of which those of all ranks cover each whole tensor exactly once.
 
-        Every rank iterates to the end. A chunk may share memory with the engine: use it before the next `step`.
+        Every rank iterates to the end. A chunk may share memory with the engine: copy it before the next `step`.
         """
         ...
 
@@ -131,6 +132,69 @@ class EngineSpec:
         """
         if self.is_writer(name):
             yield from chunks(rows, self.layouts.get(name, whole_layout(shape)) if shape else None, first_row)
+
+
+class EngineBase(ABC):
+    """What all engines do alike; the rest of `Engine` is the subclass's.
+
+    `_module` runs a forward pass: the model, or what an engine has made of it.
+    """
+
+    _module: nn.Module
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self._spec = spec
+        self._num_updates = 0
+
+    def forward_backward(self, micro_batches: Sequence[Batch], num_targets: int) -> float:
+        """See `Engine.forward_backward`."""
+        device, scale = self._spec.mesh.device, loss_scale(self._spec.mesh, num_targets)
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for index, batch in enumerate(micro_batches, start=1):
+            total += self._add_gradient(batch.to(device), scale, index == len(micro_batches))
+        return total.item()
+
+    @abstractmethod
+    def _add_gradient(self, batch: Batch, scale: float, is_last: bool) -> Tensor:
+        """The detached sum of token losses of one pack, after `scale` times its gradient was added up."""
+
+    def evaluate(self, batch: Batch) -> float:
+        """See `Engine.evaluate`. Where weights are sharded every rank must evaluate equally often, as they are gathered."""
+        self._module.eval()
+        try:
+            with torch.no_grad():
+                return float(self._forward(batch.to(self._spec.mesh.device)))
+        finally:
+            self._module.train()
+
+    def _forward(self, batch: Batch) -> Tensor:
+        loss: Tensor = self._module(batch)
+        return loss
+
+    @property
+    def state_names(self) -> frozenset[str]:
+        """See `Engine.state_names`."""
+        return state_names(self._spec)
+
+    def state_views(self) -> Iterator[tuple[str, Chunk]]:
+        """See `Engine.state_views`. Chunks may share memory with weights and moments."""
+        if self._spec.mesh.is_main:
+            yield NUM_UPDATES, Chunk(torch.tensor(self._num_updates), (), torch.Size())
+        yield from self._chunks()
+
+    @abstractmethod
+    def _chunks(self) -> Iterator[tuple[str, Chunk]]:
+        """This rank's chunks of weights and moments."""
+
+    def load_state(self, reader: StateReader) -> None:
+        """See `Engine.load_state`."""
+        check_names(reader, self.state_names)
+        self._num_updates = int(reader.read(NUM_UPDATES))
+        self._load(reader)
+
+    @abstractmethod
+    def _load(self, reader: StateReader) -> None:
+        """Restores weights and moments; `_num_updates` is that of the checkpoint already."""
 
 
 def loss_scale(mesh: Mesh, num_targets: int) -> float:

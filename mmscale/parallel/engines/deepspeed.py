@@ -8,6 +8,7 @@ frequencies alone; a test holds it to that.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 import math
@@ -25,24 +26,21 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from mmscale.config.env import set_env_default
 from mmscale.errors import ConfigError, MissingExtraError
 from mmscale.parallel.engines.base import (
-    NUM_UPDATES,
     Batch,
+    EngineBase,
     EngineSpec,
     StateReader,
     StepResult,
-    check_names,
     create_moments,
-    loss_scale,
     moment_names,
     set_learning_rates,
-    state_names,
 )
 from mmscale.parallel.engines.deepspeed_json import Json
 from mmscale.parallel.layout import Chunk
 from mmscale.parallel.mesh import Mesh
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(EngineBase):
     """ZeRO over the data and sequence ranks of the mesh, on tensor-parallel parts of the weights.
 
     Live weights are fp32 or, with `train.dtype: bf16`, bf16 with fp32 masters; gradients are added up and reduced in fp32.
@@ -60,7 +58,7 @@ class DeepSpeedEngine:
             ConfigError: DeepSpeed does not take the config.
             MissingExtraError: DeepSpeed is not installed.
         """
-        self._spec = spec
+        super().__init__(spec)
         self._stage = stage
         self._params = list(spec.model.named_parameters())
         self._shapes = {n: p.shape for n, p in self._params}  # ZeRO-3 empties the parameters themselves
@@ -87,20 +85,15 @@ class DeepSpeedEngine:
             )
         # it makes a group of its own, with torch's time-out of half an hour
         _set_pg_timeout(timeout, self._engine.data_parallel_group)
-        self._num_updates = 0
+        self._module = self._engine
         self._fill_moments(0)
         self._engine.train()
 
-    def forward_backward(self, micro_batches: Sequence[Batch], num_targets: int) -> float:
-        """See `Engine.forward_backward`."""
-        scale = loss_scale(self._spec.mesh, num_targets)
-        total = torch.zeros((), dtype=torch.float64, device=self._spec.mesh.device)
-        for index, batch in enumerate(micro_batches, start=1):
-            self._engine.set_gradient_accumulation_boundary(index == len(micro_batches))
-            loss = self._engine(batch.to(self._spec.mesh.device))
-            self._engine.backward(loss * scale, scale_wrt_gas=False)
-            total += loss.detach()
-        return total.item()
+    def _add_gradient(self, batch: Batch, scale: float, is_last: bool) -> Tensor:
+        self._engine.set_gradient_accumulation_boundary(is_last)
+        loss = self._forward(batch)
+        self._engine.backward(loss * scale, scale_wrt_gas=False)
+        return loss.detach()
 
     def step(self, lrs: Sequence[float]) -> StepResult:
         """See `Engine.step`."""
@@ -111,26 +104,10 @@ class DeepSpeedEngine:
         self._num_updates += not skipped
         return StepResult(math.inf if skipped else norm, skipped)
 
-    def evaluate(self, batch: Batch) -> float:
-        """See `Engine.evaluate`. Under ZeRO-3 every rank must evaluate equally often, as weights are gathered."""
-        self._engine.eval()
-        try:
-            with torch.no_grad():
-                return float(self._engine(batch.to(self._spec.mesh.device)))
-        finally:
-            self._engine.train()
-
-    @property
-    def state_names(self) -> frozenset[str]:
-        """See `Engine.state_names`."""
-        return state_names(self._spec)
-
-    def state_views(self) -> Iterator[tuple[str, Chunk]]:
-        """See `Engine.state_views`. Each tensor is gathered over the ranks that shard it; every one keeps its share on the CPU."""
+    def _chunks(self) -> Iterator[tuple[str, Chunk]]:
+        """Each tensor is gathered over the ranks that shard it; every one keeps its share on the CPU."""
         from deepspeed import utils
 
-        if self._spec.mesh.is_main:
-            yield NUM_UPDATES, Chunk(torch.tensor(self._num_updates), (), torch.Size())
         for index, (name, param) in enumerate(self._params):
             if name in self._frozen:
                 yield from self._own_chunks(f"model.{name}", index, self._frozen[name])
@@ -143,17 +120,15 @@ class DeepSpeedEngine:
     def _own_chunks(self, state: str, index: int, whole: Tensor) -> Iterator[tuple[str, Chunk]]:
         name = self._params[index][0]
         if self._is_owner(index):
-            for chunk in self._spec.chunks(name, whole.float().cpu(), self._shapes[name]):
+            for chunk in self._spec.chunks(name, whole.float(), self._shapes[name]):
                 yield state, chunk
 
     def _is_owner(self, index: int) -> bool:
         """True on the one of the ranks that shard the parameter with this index that writes it into checkpoints."""
         return index % self._spec.mesh.grads.size == self._spec.mesh.grads.rank
 
-    def load_state(self, reader: StateReader) -> None:
-        """See `Engine.load_state`. The live weights must have been loaded before the engine was made."""
-        check_names(reader, state_names(self._spec))
-        self._num_updates = int(reader.read(NUM_UPDATES))
+    def _load(self, reader: StateReader) -> None:
+        """Moments and masters; the live weights must have been loaded before the engine was made."""
         self._fill_moments(self._num_updates)
         for name, param in self._params:
             if param.requires_grad:
@@ -165,10 +140,8 @@ class DeepSpeedEngine:
 
     def close(self) -> None:
         """See `Engine.close`."""
-        from deepspeed.utils import groups
-
         self._engine.destroy()
-        groups.mpu = None  # it remembers the groups of its last engine, and the next may have no tensor ranks
+        _forget_engine()
 
     def _fill_moments(self, num_updates: int) -> None:
         """Creates the optimizer state of the flat partitions and links it to the parameters, without taking a step."""
@@ -201,6 +174,27 @@ class DeepSpeedEngine:
             utils.safe_set_local_fp32_param(param, part)
         else:
             utils.safe_set_local_optimizer_state(param, part, moment)
+
+
+def _forget_engine() -> None:
+    """Empties the globals in which deepspeed would keep an engine for ever.
+
+    The next engine would take the groups for its own, whose ranks may be others. ZeRO-3 would never give back the memory of
+    the model, its masters and moments.
+    """
+    from deepspeed import comm
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+    from deepspeed.utils import groups
+
+    groups.mpu = None
+    second_partition = groups._get_zero_param_intra_parallel_group()
+    if second_partition is not None:
+        comm.destroy_process_group(second_partition)  # which forgets it, too
+    parameter_offload.FWD_MODULE_STACK.clear()
+    # a method with a cache of its arguments, behind a decorator without `__wrapped__`
+    to_release = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+    inspect.getclosurevars(to_release).nonlocals["func"].cache_clear()
 
 
 class _Groups:

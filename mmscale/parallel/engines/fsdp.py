@@ -22,17 +22,14 @@ from torch.nn.utils import get_total_norm
 
 from mmscale.errors import ConfigError
 from mmscale.parallel.engines.base import (
-    NUM_UPDATES,
     Batch,
+    EngineBase,
     EngineSpec,
     StateReader,
     StepResult,
-    check_names,
     create_moments,
-    loss_scale,
     moment_names,
     set_learning_rates,
-    state_names,
 )
 from mmscale.parallel.layout import Chunk
 from mmscale.parallel.mesh import Mesh
@@ -55,7 +52,7 @@ class _Shard:
     first_row: int
 
 
-class FsdpEngine:
+class FsdpEngine(EngineBase):
     """Fully sharded like ZeRO-3. Master weights, moments and gradients are fp32; with `train.dtype: bf16` each layer's weights
     are gathered in bf16. Gradients are reduced in fp32 after every micro-batch, so no rank ever holds them whole."""
 
@@ -65,31 +62,25 @@ class FsdpEngine:
         Raises:
             ConfigError: a parameter that FSDP2 cannot cut.
         """
-        self._spec = spec
+        super().__init__(spec)
         before = dict(spec.model.named_parameters())
         shapes = {name: param.shape for name, param in before.items()}
-        self._model = spec.model
+        self._module = spec.model
         self._root = _fully_shard(spec, before)
         self._shards = [
             _shard(name, cast(nn.Parameter, param), shapes[name], spec.mesh)
-            for name, param in self._model.named_parameters()
+            for name, param in self._module.named_parameters()
         ]
         self._trained = [shard for shard in self._shards if shard.param.requires_grad]
         _hand_over(spec.optimizer, before, {shard.name: shard.rows for shard in self._trained})
-        self._num_updates = 0
         create_moments(spec.optimizer, [shard.rows for shard in self._trained])
-        self._model.train()
+        self._module.train()
 
-    def forward_backward(self, micro_batches: Sequence[Batch], num_targets: int) -> float:
-        """See `Engine.forward_backward`."""
-        scale = loss_scale(self._spec.mesh, num_targets)
-        total = torch.zeros((), dtype=torch.float64, device=self._spec.mesh.device)
-        for index, batch in enumerate(micro_batches, start=1):
-            self._root.set_is_last_backward(index == len(micro_batches))
-            loss = self._model(batch.to(self._spec.mesh.device))
-            (loss * scale).backward()
-            total += loss.detach()
-        return total.item()
+    def _add_gradient(self, batch: Batch, scale: float, is_last: bool) -> Tensor:
+        self._root.set_is_last_backward(is_last)
+        loss = self._forward(batch)
+        (loss * scale).backward()
+        return loss.detach()
 
     def step(self, lrs: Sequence[float]) -> StepResult:
         """See `Engine.step`."""
@@ -108,33 +99,19 @@ class FsdpEngine:
         return StepResult(grad_norm, skipped)
 
     def evaluate(self, batch: Batch) -> float:
-        """See `Engine.evaluate`. Every rank must evaluate equally often, as weights are gathered."""
-        self._model.eval()
+        """See `EngineBase.evaluate`."""
         try:
-            with torch.no_grad():
-                return float(self._model(batch.to(self._spec.mesh.device)))
+            return super().evaluate(batch)
         finally:
             self._root.reshard()  # the root stays gathered until a backward pass, which does not come
-            self._model.train()
 
-    @property
-    def state_names(self) -> frozenset[str]:
-        """See `Engine.state_names`."""
-        return state_names(self._spec)
-
-    def state_views(self) -> Iterator[tuple[str, Chunk]]:
-        """See `Engine.state_views`. Nothing is gathered: each rank gives its own rows, on the CPU from shared memory."""
-        if self._spec.mesh.is_main:
-            yield NUM_UPDATES, Chunk(torch.tensor(self._num_updates), (), torch.Size())
+    def _chunks(self) -> Iterator[tuple[str, Chunk]]:
         for shard in self._shards:
             for state, rows in self._states(shard):
-                for chunk in self._spec.chunks(shard.name, rows.detach().cpu(), shard.shape, shard.first_row):
+                for chunk in self._spec.chunks(shard.name, rows.detach(), shard.shape, shard.first_row):
                     yield state, chunk
 
-    def load_state(self, reader: StateReader) -> None:
-        """See `Engine.load_state`."""
-        check_names(reader, state_names(self._spec))
-        self._num_updates = int(reader.read(NUM_UPDATES))
+    def _load(self, reader: StateReader) -> None:
         create_moments(self._spec.optimizer, [shard.rows for shard in self._trained], self._num_updates)
         with torch.no_grad():
             for shard in self._shards:

@@ -11,44 +11,38 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from mmscale.parallel.engines.base import (
-    NUM_UPDATES,
     Batch,
+    EngineBase,
     EngineSpec,
     StateReader,
     StepResult,
-    check_names,
     create_moments,
-    loss_scale,
     moment_names,
     read_checked,
     set_learning_rates,
-    state_names,
 )
 from mmscale.parallel.layout import Chunk, chunks
 
 
-class SingleEngine:
+class SingleEngine(EngineBase):
     """One process, one device, no process group."""
 
     def __init__(self, spec: EngineSpec) -> None:
-        self._spec = spec
-        self._model = spec.model
+        super().__init__(spec)
+        self._module = spec.model
         self._optimizer = spec.optimizer
         self._trained = [(n, p) for n, p in spec.model.named_parameters() if p.requires_grad]
-        self._num_updates = 0
         create_moments(spec.optimizer, [p for _, p in self._trained])
-        self._model.train()
+        self._module.train()
 
-    def forward_backward(self, micro_batches: Sequence[Batch], num_targets: int) -> float:
-        """See `Engine.forward_backward`."""
-        scale = loss_scale(self._spec.mesh, num_targets)
-        total = torch.zeros((), dtype=torch.float64, device=self._spec.mesh.device)
-        for batch in micro_batches:
-            with self._autocast():
-                loss = self._model(batch.to(self._spec.mesh.device))
-            (loss * scale).backward()
-            total += loss.detach()
-        return total.item()
+    def _add_gradient(self, batch: Batch, scale: float, is_last: bool) -> Tensor:
+        loss = self._forward(batch)
+        (loss * scale).backward()
+        return loss.detach()
+
+    def _forward(self, batch: Batch) -> Tensor:
+        with self._autocast():
+            return super()._forward(batch)
 
     def step(self, lrs: Sequence[float]) -> StepResult:
         """See `Engine.step`."""
@@ -68,48 +62,24 @@ class SingleEngine:
         self._optimizer.zero_grad(set_to_none=True)
         return StepResult(grad_norm, skipped)
 
-    def evaluate(self, batch: Batch) -> float:
-        """See `Engine.evaluate`."""
-        self._model.eval()
-        try:
-            with torch.no_grad(), self._autocast():
-                return float(self._model(batch.to(self._spec.mesh.device)))
-        finally:
-            self._model.train()
-
-    @property
-    def state_names(self) -> frozenset[str]:
-        """See `Engine.state_names`."""
-        return state_names(self._spec)
-
-    def state_views(self) -> Iterator[tuple[str, Chunk]]:
-        """See `Engine.state_views`. On the CPU the chunks share memory with the weights and moments."""
+    def _chunks(self) -> Iterator[tuple[str, Chunk]]:
         for name, value in self._whole_state():
-            for chunk in chunks(value.float().cpu() if value.is_floating_point() else value, None):
+            for chunk in chunks(value.float(), None):
                 yield name, chunk
 
     def _whole_state(self) -> Iterator[tuple[str, Tensor]]:
-        yield NUM_UPDATES, torch.tensor(self._num_updates)
-        for name, param in self._model.named_parameters():
+        for name, param in self._module.named_parameters():
             if name in self._spec.stored:
                 yield f"model.{name}", param.detach()
         for name, param in self._trained:
             for moment in moment_names(self._optimizer):
                 yield f"optim.state.{name}.{moment}", self._optimizer.state[param][moment]
 
-    def load_state(self, reader: StateReader) -> None:
-        """See `Engine.load_state`."""
-        check_names(reader, state_names(self._spec))
-        self._num_updates = int(reader.read(NUM_UPDATES))
+    def _load(self, reader: StateReader) -> None:
         create_moments(self._optimizer, [p for _, p in self._trained], self._num_updates)
         with torch.no_grad():
-            for name, param in self._model.named_parameters():
-                if name in self._spec.stored:
-                    param.copy_(read_checked(reader, f"model.{name}", param.shape))
-            for name, param in self._trained:
-                for moment in moment_names(self._optimizer):
-                    value = read_checked(reader, f"optim.state.{name}.{moment}", param.shape)
-                    self._optimizer.state[param][moment].copy_(value)
+            for name, value in self._whole_state():
+                value.copy_(read_checked(reader, name, value.shape))
 
     def close(self) -> None:
         """See `Engine.close`."""

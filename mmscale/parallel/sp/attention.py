@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -18,13 +17,11 @@ from mmscale.kernels.attention.attend import attend
 from mmscale.model.llm.attention import attention_kernel, document_segments
 from mmscale.parallel.mesh import Mesh
 from mmscale.parallel.sp.exchange import AllRows, KeyRows, NeededRows, collected_attend
+from mmscale.parallel.sp.plan import Kind
 from mmscale.parallel.sp.ring import Ring, ring_attend
 from mmscale.parallel.sp.routes import exchange_route, gather_route, ring_blocks
 from mmscale.parallel.sp.ulysses import own_heads, to_heads, to_rows
 from mmscale.types import Spans
-
-Kind = Literal["exchange", "gather", "ring"]
-"""How the outer ranks get at each other's keys."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +34,6 @@ class SequenceAttention:
     kind       how the outer ranks get at each other's keys: `exchange` sends only rows that a query elsewhere sees, `gather`
                sends all rows to all, `ring` holds two ranks' rows at a time
     kernel     see `mmscale.kernels.attention.select`
-    keep_keys  exchange and gather hold the collected rows of every layer until its backward pass. False collects them again
-               there: one more collective, and memory of the own rows only. With activation checkpointing True is better,
-               one layer at a time holds them
-    debug      compare shapes and types over the ranks at every call (slow: a collective on host memory)
 
     Distributed: all ranks of `mesh.sequence` call it, in the same order, and their inputs all need gradients or none does.
     Routes are made once per pack and window, from the spans alone; a call makes no metadata collective, no barrier and waits
@@ -52,8 +45,6 @@ class SequenceAttention:
     mesh: Mesh
     kind: Kind = "exchange"
     kernel: str = "auto"
-    keep_keys: bool = True
-    debug: bool = False
     _keys: dict[int | None, KeyRows] = field(default_factory=dict, init=False, repr=False, compare=False)
     _rings: list[Ring] = field(default_factory=list, init=False, repr=False, compare=False)
 
@@ -77,13 +68,10 @@ class SequenceAttention:
         """[N, H, D], see `PackAttention`.
 
         Raises:
-            ParallelError: heads that the Ulysses ranks cannot share, a sliding window in a ring, or with `debug` ranks that
-                disagree.
+            ParallelError: heads that the Ulysses ranks cannot share, or a sliding window in a ring.
             ConfigError: a kernel that cannot be used here.
         """
         axis, meter = self.mesh.ulysses, self.mesh.meter
-        if self.debug:
-            check_same_inputs(self.mesh, q_NHD, k_NGD, v_NGD, window)
         window = None if window is None or window >= max(self.lengths) else window
         if axis.size == 1:
             return self._outer(q_NHD, k_NGD, v_NGD, scale, window, sinks)
@@ -98,7 +86,7 @@ class SequenceAttention:
             return attend(q, k, v, document_segments(self.lengths, window), scale, kernel, sinks)
         if self.kind == "ring":
             return ring_attend(q, k, v, self._ring(window), scale, kernel, sinks)
-        return collected_attend(q, k, v, self._key_rows(window, q.device), scale, kernel, sinks, self.keep_keys)
+        return collected_attend(q, k, v, self._key_rows(window, q.device), scale, kernel, sinks)
 
     def _key_rows(self, window: int | None, device: torch.device) -> KeyRows:
         if window not in self._keys:
@@ -130,38 +118,22 @@ def check_same_plan(mesh: Mesh, spans: Spans) -> None:
 
     Distributed: every rank of `mesh.replica` calls it; one small all-gather on host memory.
     """
-    _check_same(mesh, repr(spans), "the plan of the pack", "the same data and code on all of them")
-
-
-def check_same_inputs(mesh: Mesh, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, window: int | None) -> None:
-    """Returns when shapes, types and the need for gradients are the same on all ranks of the replica.
-
-    Raises:
-        ParallelError: on every rank, with the ranks that differ.
-
-    Distributed: every rank of `mesh.replica` calls it; one small all-gather on host memory.
-    """
-    facts = [(tuple(x.shape), str(x.dtype), x.requires_grad) for x in (q_NHD, k_NGD, v_NGD)]
-    _check_same(mesh, repr((facts, window)), f"attention over {facts}", "one type for all inputs of the language model")
-
-
-def _check_same(mesh: Mesh, text: str, what: str, remedy: str) -> None:
     group = mesh.replica.group
     if group is None:
         return
-    own = torch.tensor(list(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
+    own = torch.tensor(list(hashlib.sha256(repr(spans).encode()).digest()), dtype=torch.uint8)
     everyone = [torch.empty_like(own) for _ in range(mesh.replica.size)]
     try:
         dist.all_gather(everyone, own, group=group)
     except RuntimeError as error:
         raise ParallelError(
-            f"expected all ranks of a replica to compare {what}, rank {mesh.rank} found: {error}; look for the first rank "
-            "that failed or hangs"
+            f"expected all ranks of a replica to compare the plan of the pack, rank {mesh.rank} found: {error}; look for the "
+            "first rank that failed or hangs"
         ) from error
     ranks = dist.get_process_group_ranks(group)
     odd = [rank for rank, other in zip(ranks, everyone, strict=True) if not torch.equal(other, everyone[0])]
     if odd:
         raise ParallelError(
-            f"expected {what} to be the same on ranks {ranks}, found another one than on rank {ranks[0]} on ranks {odd} "
-            f"(this is rank {mesh.rank}); check that they read {remedy}"
+            f"expected the plan of the pack to be the same on ranks {ranks}, found another one than on rank {ranks[0]} on "
+            f"ranks {odd} (this is rank {mesh.rank}); give all of them the same data and code"
         )

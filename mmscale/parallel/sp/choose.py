@@ -7,17 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from mmscale.config.layouts import data_parallel_size, fits_ulysses, is_undecided, possible
 from mmscale.config.llm import LlmSizes
 from mmscale.config.schema import ParallelConfig
 from mmscale.errors import ConfigError
 from mmscale.parallel.estimate import memory
-from mmscale.parallel.sp.plan import Layout
+from mmscale.parallel.sp.plan import Kind, Layout
 from mmscale.parallel.workload import Workload
 
-Kind = Literal["exchange", "gather", "ring"]
 RankBytes = Callable[[int, int, Kind], float]
 """Bytes that one rank needs with so many Ulysses ranks, so many outer ranks and a kind."""
 

@@ -51,17 +51,15 @@ class KeyRows(Protocol):
 
 def collected_attend(
     q_LHD: Tensor, k_LGD: Tensor, v_LGD: Tensor, keys: KeyRows, scale: float, backend: AttentionBackend,
-    sinks_H: Tensor | None, keep_keys: bool,
+    sinks_H: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """[L, H, D]: attention of the own queries over all keys they need, differentiable in every tensor.
 
-    Args:
-        keep_keys: hold the K collected rows until the backward pass; False holds the own rows only and collects again.
+    The K collected rows are held until the backward pass: with activation checkpointing one layer at a time does so.
 
-    Distributed: every rank of the axis calls it; the forward and the backward pass have one collective each, one more in the
-    backward pass when the keys are not kept.
+    Distributed: every rank of the axis calls it; the forward and the backward pass have one collective each.
     """
-    out: Tensor = _CollectedAttend.apply(q_LHD, k_LGD, v_LGD, sinks_H, keys, scale, backend, keep_keys)  # type: ignore[no-untyped-call]
+    out: Tensor = _CollectedAttend.apply(q_LHD, k_LGD, v_LGD, sinks_H, keys, scale, backend)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -147,25 +145,24 @@ class _CollectedAttend(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, keys: KeyRows, scale: float,
-        backend: AttentionBackend, keep_keys: bool,
+        backend: AttentionBackend,
     ) -> Tensor:  # fmt: skip
         held = keys.collect(k, v)
         out, lse = backend.forward(q, held[:, 0], held[:, 1], keys.segments, scale)
         if sinks is not None:
             out, lse = add_sinks(out, lse, sinks)
-        ctx.save_for_backward(q, out, lse, sinks, *((held,) if keep_keys else (k, v)))
+        ctx.save_for_backward(q, out, lse, sinks, held)
         ctx.rest = (keys, scale, backend, k.dtype)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        q, out, lse, sinks, *saved = ctx.saved_tensors
+        q, out, lse, sinks, held = ctx.saved_tensors
         keys, scale, backend, dtype = ctx.rest
-        held = saved[0] if len(saved) == 1 else keys.collect(*saved)
         dq, dk, dv = backend.backward(grads[0], q, held[:, 0], held[:, 1], out, lse, keys.segments, scale)
         own = keys.give_back(dk, dv).to(dtype)
         d_sinks = None if sinks is None else sinks_grad(grads[0], out, lse, sinks)
-        return dq.to(q.dtype), own[:, 0], own[:, 1], d_sinks, None, None, None, None
+        return dq.to(q.dtype), own[:, 0], own[:, 1], d_sinks, None, None, None
 
 
 def _unsorted(dk_KGD: Tensor, dv_KGD: Tensor, order: Tensor, num_rows: int) -> Tensor:

@@ -19,6 +19,8 @@ from mmscale.parallel.sp.planner import planned
 from mmscale.types import Spans
 
 Layout = Literal["contiguous", "zigzag", "per_document", "planned"]
+Kind = Literal["exchange", "gather", "ring"]
+"""How the outer ranks get at each other's keys, see `SequenceAttention`."""
 Ints = NDArray[np.int64]
 
 _LAYOUTS = {"contiguous": contiguous, "zigzag": zigzag, "per_document": per_document, "planned": planned}
@@ -96,17 +98,6 @@ def local_index(
     index = rank_index(spans, lengths, ring_rank)
     size = len(index) // ulysses_size
     return index[ulysses_rank * size : (ulysses_rank + 1) * size]
-
-
-def inverse_index(spans: Spans, lengths: tuple[int, ...]) -> Ints:
-    """Where each position of the padded pack stands when the parts of all sequence ranks are joined in order, int64 [T].
-
-    Sequence ranks count Ulysses first, so the order is that of the outer ranks whatever U is.
-    """
-    held = np.concatenate([rank_index(spans, lengths, rank) for rank in range(len(spans))])
-    inverse = np.empty_like(held)
-    inverse[held] = np.arange(len(held))
-    return inverse
 
 
 def needed(spans: Spans, dst: int, src: int, window: int | None = None) -> tuple[Span, ...]:

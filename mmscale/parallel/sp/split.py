@@ -19,9 +19,9 @@ from mmscale.errors import ParallelError
 from mmscale.model.batch import ModelBatch
 from mmscale.model.llm.attention import WholePack
 from mmscale.parallel.mesh import Mesh
-from mmscale.parallel.sp.attention import Kind, SequenceAttention
+from mmscale.parallel.sp.attention import SequenceAttention
 from mmscale.parallel.sp.media import Ints, Routing, TowerInput, route_media, row_route
-from mmscale.parallel.sp.plan import Layout, local_index, make_plan, padded_lengths
+from mmscale.parallel.sp.plan import Kind, Layout, local_index, make_plan, padded_lengths
 from mmscale.types import IGNORE, Modality, PackedBatch, Spans
 
 PAD_TOKEN = 0

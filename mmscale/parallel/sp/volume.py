@@ -9,9 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from mmscale.parallel.sp.attention import Kind
-from mmscale.parallel.sp.plan import needed
-from mmscale.types import Spans
+from mmscale.parallel.sp.plan import Kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +43,10 @@ def ulysses_bytes(num_tokens: int, ulysses: int, shape: HeadShape) -> Sent:
     return Sent(there + back, there + back)
 
 
-def outer_bytes(
-    rows_out: int, rows_back: int, kind: Kind, ulysses: int, shape: HeadShape, keep_keys: bool = True
-) -> Sent:
+def outer_bytes(rows_out: int, rows_back: int, kind: Kind, ulysses: int, shape: HeadShape) -> Sent:
     """Bytes between outer ranks: rows * 2 C / U * D * b forward, the gradients of as many rows backward.
 
-    A ring always sends keys and values again in the backward pass, exchange and gather when they are not kept.
+    A ring sends keys and values again in the backward pass.
 
     Args:
         rows_out: key rows that this rank sends to others; (R - 1) * T / R for `gather` and `ring`.
@@ -58,33 +54,5 @@ def outer_bytes(
     """
     elements = 2 * max(shape.num_kv_heads, ulysses) // ulysses * shape.head_dim
     forward = rows_out * elements * shape.element_bytes
-    again = forward if kind == "ring" or not keep_keys else 0
+    again = forward if kind == "ring" else 0
     return Sent(forward, again + rows_back * elements * max(shape.element_bytes, 4))
-
-
-def expected_bytes(
-    spans: Spans, ring_rank: int, ulysses: int, kind: Kind, shape: HeadShape, window: int | None = None,
-    keep_keys: bool = True,
-) -> dict[str, Sent]:  # fmt: skip
-    """What a rank of outer rank `ring_rank` sends in one layer, by link: `ulysses`, and the outer one under its kind.
-
-    Args:
-        spans: the plan of the padded pack, for all outer ranks.
-        window: sliding window of the layer, which makes an exchange smaller; None when no document is longer than it.
-    """
-    sent = {}
-    num_rows = sum(end - start for _, start, end in spans[ring_rank])
-    if ulysses > 1:
-        sent["ulysses"] = ulysses_bytes(num_rows // ulysses, ulysses, shape)
-    if len(spans) > 1:
-        others = [rank for rank in range(len(spans)) if rank != ring_rank]
-        out = back = len(others) * num_rows
-        if kind == "exchange":
-            out = sum(_rows(spans, rank, ring_rank, window) for rank in others)
-            back = sum(_rows(spans, ring_rank, rank, window) for rank in others)
-        sent[kind] = outer_bytes(out, back, kind, ulysses, shape, keep_keys)
-    return sent
-
-
-def _rows(spans: Spans, dst: int, src: int, window: int | None) -> int:
-    return sum(end - start for _, start, end in needed(spans, dst, src, window))
