@@ -1,4 +1,4 @@
-"""Packaging. `mmscale.kernels`, `mmscale.data_tools` and `mmscale.configs` live at the top level of the repository and are
+"""Packaging. `mmscale.kernels`, `mmscale.data_tools`, `mmscale.configs` and `mmscale.slurm` live at the top level of the repository and are
 mapped here; symlinks in `mmscale/` do the same for an editable install. There is never a `kernels/__init__.py`: Hugging
 Face's own package is called `kernels`, and transformers imports it when it is found.
 """
@@ -38,13 +38,14 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["mmscale", "mmscale.*"]), "mmscale.kernels", "mmscale.kernels.attention", "mmscale.data_tools", "mmscale.data_tools.readers", "mmscale.data_tools.inspection", "mmscale.configs"],
+    packages=[*find_packages(include=["mmscale", "mmscale.*"]), "mmscale.kernels", "mmscale.kernels.attention", "mmscale.data_tools", "mmscale.data_tools.readers", "mmscale.data_tools.inspection", "mmscale.configs", "mmscale.slurm"],
     package_dir={
         "mmscale.kernels": "kernels/mmscale_kernels",
         "mmscale.data_tools": "data_tools/mmscale_data_tools",
         "mmscale.configs": "configs",
+        "mmscale.slurm": "slurm",
     },
-    package_data={"mmscale.configs": ["**/*.yaml"], "mmscale": ["py.typed"]},
+    package_data={"mmscale.configs": ["**/*.yaml"], "mmscale.slurm": ["*.sbatch", "site.env.example", "lib/*.sh"], "mmscale": ["py.typed"]},
     install_requires=[
         "torch>=2.11", "transformers>=5.17", "tokenizers>=0.22", "webdataset>=1.0", "zstandard>=0.23", "braceexpand>=0.1.7", "safetensors>=0.6", "numpy>=2.0",
         "pydantic>=2.11", "typer>=0.20", "PyYAML>=6.0", "rich>=13", "pillow>=11", "av>=18,<19", "soundfile>=0.13", "xxhash>=3.5", "psutil>=6",

@@ -62,7 +62,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="mmscale-bench-") as folder:
         settings = Settings("cpu", Path(folder))
         write_data(settings, "skewed")
-        with opened(run_config(settings, workers=0)) as run:
+        with opened(run_config(settings, workers=0)) as (run, _):
             steps = run.stream.steps()
             for _ in range(WARM_UP):
                 _step(run, steps)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from benchmarks import (
     attention,
+    checkpoint,
     consolidate,
     decode,
     indexed_reads,
@@ -65,6 +66,9 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     step.step_ratio_grouped,
     step.step_ratio_dense,
     step.step_overhead_frac,
+    checkpoint.ckpt_async_blocked_frac,
+    checkpoint.ckpt_sync_blocked_frac,
+    checkpoint.ledger_overhead_frac,
 )
 """Every benchmark; the function's name is the benchmark's name."""
 

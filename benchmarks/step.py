@@ -22,9 +22,9 @@ from mmscale.parallel.engines.base import Engine, StepResult
 from mmscale.parallel.mesh import init_mesh
 from mmscale.streaming.loader import StepBatch
 from mmscale.train import loop
-from mmscale.train.metrics import Reporter
+from mmscale.train.heartbeat import Heartbeat
+from mmscale.train.job import Job
 from mmscale.train.setup import Run, open_run
-from mmscale.train.signals import StopFlag
 from mmscale.types import PackedBatch
 
 Lengths = Literal["skewed", "dense"]
@@ -71,7 +71,7 @@ def step_ratio_dense(settings: Settings) -> Result:
 def _race(name: str, settings: Settings, lengths: Lengths, *, group_by_length: bool, target: str) -> Result:
     mean = write_data(settings, lengths)
     config = run_config(settings, workers=0)
-    with opened(config) as run:
+    with opened(config) as (run, _):
         (source,) = run.stream.sources
         peer = PaddedTrainer(
             config, source.encoder.tokenizer.vocab_size, source.shards, source.encoder, run.mesh.device
@@ -101,9 +101,10 @@ def step_overhead_frac(settings: Settings) -> Result:
     """Share of the trainer's wall time outside the engine's forward, backward and update: data wait, loop, metrics, files."""
     write_data(settings, "skewed")
     config = run_config(settings, workers=1, steps=4 + 4 * ROUNDS)
-    with opened(config) as run, Reporter(config, is_main=True, first_step=1) as reporter:
+    with opened(config) as (run, job):
         engine = TimedEngine(run.engine)
-        loop._steps(replace(run, engine=engine), reporter, StopFlag())
+        with Heartbeat(run.folder, run.mesh.rank, config.run.watch) as beat:
+            loop.train_from(replace(run, engine=engine), job, beat)
     steps = list(zip(pairwise(engine.started), engine.busy_s, strict=False))[3:]  # the first ones warm up
     walls, outside = [b - a for (a, b), _ in steps], [b - a - busy for (a, b), busy in steps]
     share = statistics.median(o / w for o, w in zip(outside, walls, strict=True))
@@ -251,9 +252,9 @@ def run_config(settings: Settings, workers: int, steps: int = 1000) -> Config:
 
 
 @contextmanager
-def opened(config: Config) -> Iterator[Run]:
+def opened(config: Config) -> Iterator[tuple[Run, Job]]:
     """A new run of one process."""
-    mesh = init_mesh(config.parallel, config.run.device)
-    with open_run(config, mesh) as run:
+    mesh, job = init_mesh(config.parallel, config.run.device), Job.of(config)
+    with open_run(config, mesh, job.attempt) as run:
         assert run is not None, "a new run is not done"
-        yield run
+        yield run, job

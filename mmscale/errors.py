@@ -36,6 +36,12 @@ class CheckpointError(MmscaleError):
     exit_code = 2
 
 
+class SaveError(CheckpointError):
+    """A checkpoint that the disk refuses: full, read-only, over quota (exit code 1); the ones before it are untouched."""
+
+    exit_code = 1
+
+
 class MissingExtraError(ConfigError):
     """An optional package is needed and not installed; the text names the extra to install."""
 
@@ -48,6 +54,10 @@ class MissingExtraError(ConfigError):
 
 class DivergedError(MmscaleError):
     """Training whose loss or gradient is not finite any more (exit code 1); the last good checkpoint stays the newest."""
+
+
+class FencedError(MmscaleError):
+    """A newer attempt owns the run directory (exit code 1); this one has stopped without writing anything more."""
 
 
 class BadSampleError(DataError):

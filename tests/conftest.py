@@ -6,7 +6,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import contextlib
 import secrets
+import shutil
+import subprocess
 
 import pytest
 
@@ -38,3 +41,37 @@ def _logging_as_it_was():
     before = (list(logger.handlers), logger.level, logger.propagate)
     yield
     logger.handlers[:], logger.level, logger.propagate = before
+
+
+class Disk:
+    """A real file system of 24 MB."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def fill(self, leave=0):
+        size = shutil.disk_usage(self.path).free - leave
+        # a write that is cut short or refused was the last: somebody else writes here, too
+        with contextlib.suppress(OSError), (self.path / "filler").open("wb", buffering=0) as file:
+            while size > 0:
+                size -= file.write(bytes(min(size, 1 << 20)))
+
+    def empty(self):
+        (self.path / "filler").unlink()
+
+    def remount(self, mode):
+        subprocess.run(["mount", "-o", f"remount,{mode}", str(self.path)], check=True)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A small file system that can be filled and made read-only; skipped where none can be mounted."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(path)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.strip()}")
+    yield Disk(path)
+    subprocess.run(["umount", "-l", str(path)], check=True)

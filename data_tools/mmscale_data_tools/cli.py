@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mmscale.config.env import secrets_from_env
 from mmscale.data_tools import cli_inspect
 from mmscale.data_tools.console import Folders, counts, progress, table
 from mmscale.data_tools.kinds import HELP as KINDS_HELP
 from mmscale.data_tools.kinds import Kind, Placement
 from mmscale.errors import ConfigError, MmscaleError, RefusedInputError
+from mmscale.redact import hide, redact
 
 if TYPE_CHECKING:
     from mmscale.data_tools.build import BuildReport
@@ -180,14 +182,14 @@ def main() -> None:
     from mmscale.logging import setup
 
     setup(level="WARNING")
+    hide(secrets_from_env())
     try:
         app()
     except MmscaleError as e:
-        typer.echo(f"mmscale-data: {' '.join(str(e).split())}", err=True)
+        typer.echo(redact(f"mmscale-data: {' '.join(str(e).split())}"), err=True)
         sys.exit(e.exit_code)
     except OSError as e:
         where = f"{e.filename}: " if e.filename else ""  # a full disk is told without a name
-        typer.echo(
-            f"mmscale-data: {where}{e.strerror or e}; check the path, its permissions and the space left", err=True
-        )
+        text = f"mmscale-data: {where}{e.strerror or e}; check the path, its permissions and the space left"
+        typer.echo(redact(text), err=True)
         sys.exit(1)

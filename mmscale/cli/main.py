@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib
 import sys
+import traceback
 from typing import Annotated
 
 import typer
 
 from mmscale import __version__
+from mmscale.config.env import secrets_from_env
 from mmscale.errors import MmscaleError
+from mmscale.redact import hide, redact
 
 app = typer.Typer(
     name="mmscale",
@@ -47,6 +50,23 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     step and exit 0. Exit codes: 0 finished or stopped after saving, 2 refused input, 1 anything else.
     """
     _run("train", config, overrides or [])
+
+
+@app.command()
+def launch(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    nnodes: Annotated[int, typer.Option(min=1, help="Nodes of the run.")] = 1,
+    node_rank: Annotated[int, typer.Option(min=0, help="Number of this node, from 0.")] = 0,
+    nproc_per_node: Annotated[int, typer.Option(min=1, help="Processes on each node; one per GPU.")] = 1,
+    master_addr: Annotated[str | None, typer.Option(help="Address of node 0; needed with several nodes.")] = None,
+    master_port: Annotated[int | None, typer.Option(help="Free TCP port there; needed with several nodes.")] = None,
+) -> None:
+    """Start and watch the training processes of one node: checks the node, names dead and hung ones, hands signals on.
+
+    Job scripts start one per node. Exit codes: 0 all processes ended well, 2 refused input, 1 anything else.
+    """
+    _run("launch", config, overrides or [], nnodes, node_rank, nproc_per_node, master_addr, master_port)
 
 
 @app.command()
@@ -125,6 +145,75 @@ def evaluate(
     _run("evaluate", model, data, out, batch_size, max_new_tokens, modalities.split(","), device)
 
 
+@app.command(name="submit")
+def submit_job(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    nodes: Annotated[int | None, typer.Option("-N", "--nodes", min=1, help="Nodes.")] = None,
+    time: Annotated[
+        str | None, typer.Option("-t", "--time", help="Time limit as SLURM writes it: 48:00:00, 2-0.")
+    ] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="GPUs of a node; one process each.")] = None,
+    procs_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Processes of a node, when not one per GPU.")
+    ] = None,
+    cpus_per_task: Annotated[int | None, typer.Option("-c", "--cpus-per-task", min=1, help="CPUs of a node.")] = None,
+    account: Annotated[str | None, typer.Option("-A", "--account", help="Account that pays.")] = None,
+    partition: Annotated[str | None, typer.Option("-p", "--partition", help="Partition.")] = None,
+    qos: Annotated[str | None, typer.Option("-q", "--qos", help="Quality of service.")] = None,
+    constraint: Annotated[str | None, typer.Option("-C", "--constraint", help="Features of the nodes.")] = None,
+    lead: Annotated[
+        int | None, typer.Option(min=1, help="Seconds before the time limit at which the run saves.")
+    ] = None,
+    chain: Annotated[
+        int | None, typer.Option(min=1, help="This many jobs one after another, instead of one that is requeued.")
+    ] = None,
+    name: Annotated[str | None, typer.Option("-J", "--job-name", help="Default: that of the run directory.")] = None,
+    site: Annotated[str | None, typer.Option(help="File like slurm/site.env.example; default MMSCALE_SITE.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script and submit nothing.")] = False,
+) -> None:
+    """Submit a run to SLURM: it saves before the time limit, is requeued, resumes, and stops when it is finished."""
+    options = {
+        "nodes": nodes, "time": time, "gpus_per_node": gpus_per_node, "procs_per_node": procs_per_node,
+        "cpus_per_task": cpus_per_task, "account": account, "partition": partition, "qos": qos, "constraint": constraint,
+        "lead_s": lead,
+    }  # fmt: skip
+    _run("submit", config, overrides or [], options, chain, name, site, dry_run)
+
+
+@app.command()
+def replay(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run directory; it is only read.")],
+    step: Annotated[int, typer.Option(min=1, help="Step that the run has done.")],
+) -> None:
+    """Do one step of a run again: its batch, the weights before it, the loss of each pack, against what was recorded.
+
+    One process will do for any run that fits into it; started like `mmscale train`, it takes the layout of the run.
+    """
+    _run("replay", run, step)
+
+
+RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="Run directory (`run.dir`).")]
+
+
+@app.command()
+def status(
+    run: RunFolder,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """Say how a run stands: attempts, progress, where the time went, the last error, and what to do next."""
+    _run("status", run, as_json)
+
+
+@app.command()
+def report(
+    run: RunFolder,
+    out: Annotated[str | None, typer.Option(help="Folder for report.html and report.png; default: RUN/report.")] = None,
+) -> None:
+    """Draw a run: loss, throughput, fill, data wait, goodput, attempts and events, as one HTML file and a PNG."""
+    _run("report", run, out)
+
+
 @app.command()
 def demo(
     folder: Annotated[
@@ -136,9 +225,13 @@ def demo(
 
 
 def main() -> None:
-    """Runs the command; mmscale's own errors become one line and their exit code."""
+    """Runs the command; mmscale's own errors become one line and their exit code. No secret of the environment is printed."""
+    hide(secrets_from_env())
     try:
         app(standalone_mode=True)
     except MmscaleError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(redact(f"{type(error).__name__}: {error}"), file=sys.stderr)
         sys.exit(error.exit_code)
+    except Exception:
+        print(redact(traceback.format_exc()), file=sys.stderr)
+        sys.exit(1)

@@ -10,6 +10,7 @@ from mmscale.config.layouts import check_model, data_parallel_size, is_undecided
 from mmscale.config.mixture import check_mixture, is_stream_mode, leaf_sources
 from mmscale.config.schema import Config, ParallelConfig, SourceConfig
 from mmscale.errors import ConfigError
+from mmscale.redact import HIDDEN, hidden_keys
 from mmscale.types import MediaSpecs
 
 __all__ = ["check_config", "check_engine_keys", "check_lengths", "check_parallel", "data_parallel_size"]
@@ -18,6 +19,7 @@ __all__ = ["check_config", "check_engine_keys", "check_lengths", "check_parallel
 def check_config(config: Config, world_size: int) -> None:
     """Refuses combinations of keys that cannot work on `world_size` processes. Raises ConfigError."""
     dp_size = data_parallel_size(config.parallel, world_size, config.model.llm)
+    _check_nothing_hidden(config)
     check_parallel(config.parallel)
     check_engine_keys(config.parallel, world_size)
     check_model(config)
@@ -28,6 +30,16 @@ def check_config(config: Config, world_size: int) -> None:
     _check_validation(config)
     _check_sources("data.sources", config.data.sources)
     _check_sources("eval.sources", config.eval.sources)
+
+
+def _check_nothing_hidden(config: Config) -> None:
+    """Refuses the copy in a run directory where secrets were left out of it."""
+    hidden = hidden_keys({"data": config.data.model_dump(mode="json"), "eval": config.eval.model_dump(mode="json")})
+    if hidden:
+        raise ConfigError(
+            f"{', '.join(hidden)}: expected a whole address or command, found one whose secrets were left out ({HIDDEN}) when the run "
+            f"directory was written; start from your own config, or give the key again: {hidden[0]}=..."
+        )
 
 
 def check_parallel(parallel: ParallelConfig) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from mmscale.errors import ConfigError
+from mmscale.redact import is_secret_name
 
 VARIABLES: dict[str, str] = {
     "RANK": "torchrun: number of this process in the run, from 0.",
@@ -21,6 +22,15 @@ VARIABLES: dict[str, str] = {
     "SLURM_STEP_TASKS_PER_NODE": "srun: tasks on each node, such as `8(x4)`; as LOCAL_WORLD_SIZE.",
     "SLURM_LAUNCH_NODE_IPADDR": "srun: address of the node that ran srun, used for rank 0 when MASTER_ADDR is not set.",
     "SLURM_JOB_ID": "SLURM: number of the job, from which the default port is derived.",
+    "MMSCALE_ATTEMPT": "Job script: name of this start of the run, `<job id>.<restart count>`; without it one is made up.",
+    "MMSCALE_END_TIME": "Job script: unix seconds at which the job is ended; the run saves and stops before.",
+    "MMSCALE_LEAD_S": "Job script: seconds before its end at which the job is sent SIGUSR1.",
+    "MMSCALE_KILL_WAIT_S": "Job script: seconds from SIGTERM to SIGKILL (SLURM's KillWait).",
+    "MMSCALE_AGENT": "`mmscale launch`: its process, and the file descriptor for stacks, for the ranks that it starts.",
+    "SLURMD_NODENAME": "SLURM: name of this node, by which a bad one is excluded.",
+    "OMP_NUM_THREADS": "`mmscale launch`: CPU threads per process; by default the node's CPUs are divided among its processes.",
+    "SLURM_RESTART_COUNT": "SLURM: restarts of the job; `mmscale submit` keeps that of a surrounding job from the new one.",
+    "MMSCALE_SITE": "`mmscale submit` and job scripts: file with the settings of the cluster, see `slurm/site.env.example`.",
 }
 """Every variable that mmscale reads, with its meaning; `docs/` prints this table."""
 
@@ -67,6 +77,100 @@ def launch_from_env(env: Mapping[str, str] | None = None) -> Launch:
             "unset RANK and WORLD_SIZE, or start with torchrun or srun"
         )
     return launch
+
+
+@dataclass(frozen=True, slots=True)
+class JobLimits:
+    """What the job script says about this start; None = it does not say.
+
+    attempt      token of the attempt
+    ends_at      unix seconds at which the job is ended
+    lead_s       seconds before that at which SIGUSR1 comes
+    kill_wait_s  seconds from SIGTERM to SIGKILL
+    """
+
+    attempt: str | None = None
+    ends_at: float | None = None
+    lead_s: float | None = None
+    kill_wait_s: float | None = None
+
+
+def job_limits_from_env(env: Mapping[str, str] | None = None) -> JobLimits:
+    """What the job script has set. Raises ConfigError for a number that is none."""
+    variables = os.environ if env is None else env
+    return JobLimits(
+        variables.get("MMSCALE_ATTEMPT") or None,
+        _optional_float(variables, "MMSCALE_END_TIME"),
+        _optional_float(variables, "MMSCALE_LEAD_S"),
+        _optional_float(variables, "MMSCALE_KILL_WAIT_S"),
+    )
+
+
+def _optional_float(env: Mapping[str, str], name: str) -> float | None:
+    text = env.get(name, "")
+    if not text:
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(
+            f"expected a number of seconds in the environment variable {name}, found {text!r}; unset it or let the job script set it"
+        ) from None
+
+
+def site_file_from_env(env: Mapping[str, str] | None = None) -> str | None:
+    """The file with the settings of the cluster that the user names; None = none is named."""
+    return (os.environ if env is None else env).get("MMSCALE_SITE") or None
+
+
+@dataclass(frozen=True, slots=True)
+class AgentLink:
+    """The agent that started this process, and the file descriptor on which it expects stacks."""
+
+    pid: int
+    stacks_fd: int
+
+
+def agent_from_env(env: Mapping[str, str] | None = None) -> AgentLink | None:
+    """The agent that started this process; None when something else did."""
+    pid, _, stacks_fd = (os.environ if env is None else env).get("MMSCALE_AGENT", "").partition(",")
+    return AgentLink(int(pid), int(stacks_fd)) if pid.isdecimal() and stacks_fd.isdecimal() else None
+
+
+def node_name_from_env(env: Mapping[str, str] | None = None) -> str | None:
+    """This node's name in SLURM; None outside of it."""
+    return (os.environ if env is None else env).get("SLURMD_NODENAME") or None
+
+
+def rank_environment(
+    launch: Launch, agent: AgentLink, attempt: str, env: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """The variables of a rank that an agent starts: the agent's own, and who the rank is.
+
+    Without OMP_NUM_THREADS every process would take all CPUs of the node, and together they would be slower than one.
+    """
+    variables = dict(os.environ if env is None else env)
+    if launch.ranks_per_node and launch.ranks_per_node > 1:
+        threads = len(os.sched_getaffinity(0)) // launch.ranks_per_node
+        variables.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
+    return variables | {
+        "RANK": str(launch.rank), "WORLD_SIZE": str(launch.world_size), "LOCAL_RANK": str(launch.local_rank),
+        "LOCAL_WORLD_SIZE": str(launch.ranks_per_node), "MASTER_ADDR": str(launch.master_addr),
+        "MASTER_PORT": str(launch.master_port), "MMSCALE_AGENT": f"{agent.pid},{agent.stacks_fd}",
+        "MMSCALE_ATTEMPT": attempt,
+    }  # fmt: skip
+
+
+def secrets_from_env(env: Mapping[str, str] | None = None) -> list[str]:
+    """The values of all variables whose name says that they are secret, such as HF_TOKEN; a value that is a path is none."""
+    variables = os.environ if env is None else env
+    return [value for name, value in variables.items() if value and is_secret_name(name) and not os.path.exists(value)]
+
+
+def environment_for_sbatch(env: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment without the restart count of a surrounding job, which sbatch hands on and a new job takes for its own."""
+    variables = os.environ if env is None else env
+    return {name: value for name, value in variables.items() if name != "SLURM_RESTART_COUNT"}
 
 
 def set_env_default(name: str, value: str) -> None:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from mmscale.config.schema import Config
 from mmscale.errors import ConfigError
+from mmscale.redact import find_secrets, hidden_keys, hide, redact_values
 from mmscale.registry import nearest
 
 _TAGS = ("map", "seq", "str", "int", "float", "bool", "null")
@@ -186,13 +187,15 @@ def _prefixes(location: Sequence[str]) -> Iterable[str]:
 
 def _absolute(config: Config) -> Config:
     """The same config with every path absolute, so that the saved copy reruns from any folder."""
-    root = Path(config.data.root).absolute()
+    is_remote = "://" in config.data.root
+    root = config.data.root if is_remote else str(Path(config.data.root).absolute())
 
     def existing(path: str | None) -> str | None:
         """Relative to `data.root` when found there, else to the current folder."""
         if path is None or Path(path).is_absolute():
             return path
-        return str(root / path) if (root / path).exists() else str(Path(path).absolute())
+        below = Path(root) / path
+        return str(below if not is_remote and below.exists() else Path(path).absolute())
 
     def part(section: Any) -> Any:
         return section and section.model_copy(update={"path": existing(section.path)})
@@ -203,7 +206,7 @@ def _absolute(config: Config) -> Config:
     return config.model_copy(
         update={
             "model": model,
-            "data": config.data.model_copy(update={"root": str(root)}),
+            "data": config.data.model_copy(update={"root": root}),
             "run": config.run.model_copy(update={"dir": str(Path(config.run.dir).absolute())}),
         }
     )  # fmt: skip
@@ -222,6 +225,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     document = _read(Path(path))
     for word in overrides:
         _override(document, word)
+    hide(find_secrets(document.values))  # before anything is said about a value
     try:
         return _absolute(Config.model_validate(document.values))
     except ValidationError as error:
@@ -234,5 +238,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def dump_config(config: Config) -> str:
-    """The config as YAML that `load_config` reads back to an equal config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """The config as YAML, to be kept: `load_config` reads an equal config back, but for the secrets in addresses and commands."""
+    values = redact_values(config.model_dump(mode="json"))
+    hidden = hidden_keys(values)
+    note = (
+        f"# Secrets were left out (***) of: {', '.join(hidden)}. To rerun, give these keys again.\n" if hidden else ""
+    )
+    return note + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

@@ -274,6 +274,25 @@ class PartsConfig(Section):
     )
 
 
+class GuardConfig(Section):
+    max_nonfinite: PositiveInt = Field(
+        3,
+        description="Steps in a row without a finite loss or gradient at which the run rolls back; each of them makes no update.",
+    )
+    spike_sigma: PositiveFloat | None = Field(
+        None,
+        description="Standard deviations (each at least 1 % of the mean) above the mean of the last `spike_window` losses at which the run rolls back; null = never.",
+    )
+    spike_window: Annotated[int, Field(ge=8)] = Field(
+        128, description="Losses by which a spike is judged, once a quarter of them is there."
+    )
+    pass_over: PositiveInt = Field(
+        1,
+        description="Batches before the bad ones that a rollback passes over with them; doubled at each further rollback.",
+    )
+    max_rollbacks: Count = Field(3, description="Rollbacks in a run; at the next one it stops. 0 = stop at once.")
+
+
 class TrainConfig(Section):
     steps: PositiveInt = Field(description="Optimizer steps of the whole run.")
     global_batch: PositiveInt = Field(description="Packs per optimizer step over all ranks.")
@@ -302,13 +321,43 @@ class TrainConfig(Section):
     save_every: PositiveInt = Field(
         100, description="Steps between checkpoints; the last step and every signal save too."
     )
-    keep_last: Annotated[int, Field(ge=1)] = Field(2, description="Verified checkpoints kept.")
+    keep_last: Annotated[int, Field(ge=1)] = Field(2, description="Newest verified checkpoints kept.")
+    keep_every: PositiveInt | None = Field(
+        None, description="Checkpoints at multiples of this many steps are kept for good; null = none of them."
+    )
+    async_save: bool = Field(
+        True,
+        description="Write checkpoints in the background, from a copy in host memory (12 bytes per parameter, divided by the ranks).",
+    )
+    guard: GuardConfig = Field(default_factory=GuardConfig, description="What happens when training goes wrong.")
 
 
 class EvalConfig(Section):
     every: Count = Field(0, description="Steps between validation losses; 0 = never.")
     sources: dict[str, SourceConfig] = Field(default_factory=dict, description="Validation data: name -> source.")
     max_packs: PositiveInt | None = Field(None, description="Packs per validation; null = all.")
+
+
+class WatchConfig(Section):
+    hang_floor_s: PositiveFloat = Field(
+        300.0,
+        description="Shortest time in seconds without progress after which a rank counts as hung (three times that in a save, whose disk others use too). Below `parallel.timeout_s`, so that the slow rank is named before the collective of another one fails.",
+    )
+    hang_factor: Annotated[float, Field(ge=1.0)] = Field(
+        10.0, description="A phase that takes this many times its longest so far counts as hung."
+    )
+    setup_limit_s: PositiveFloat = Field(
+        1800.0,
+        description="Longest start-up, first step, first save and the like, in seconds. Samples whose lengths are not stored yet are counted at the start-up: for a large data set run `mmscale-data plan CONFIG` before, or raise this.",
+    )
+    straggler_every: Count = Field(100, description="Steps between looks for slow ranks; 0 = never.")
+    straggler_ratio: Annotated[float, Field(gt=1.0)] = Field(
+        1.3, description="A rank this many times slower than the median rank is named."
+    )
+    min_free_gb: Annotated[float, Field(ge=0.0)] = Field(
+        1.0,
+        description="Free GB that a node must have before the first step: in its memory and its temporary directory, else it is left out; in the run directory, else there is a warning.",
+    )
 
 
 class RunConfig(Section):
@@ -319,6 +368,11 @@ class RunConfig(Section):
     tensorboard: bool = Field(True, description="Write TensorBoard events into the run directory.")
     threads: Count = Field(0, description="CPU threads per process; 0 = torch's choice.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto` uses CUDA when there is a GPU.")
+    watch: WatchConfig = Field(default_factory=WatchConfig, description="Hangs, slow ranks, bad nodes.")
+    accept_changes: bool = Field(
+        False,
+        description="Go on in a run directory that was trained with other settings of the model or the optimization.",
+    )
     peak_tflops: PositiveFloat | None = Field(
         None, description="Peak TFLOP/s of one device, for the MFU figure; null = no MFU."
     )

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit, urlunsplit
 from mmscale.config.schema import CacheConfig
 from mmscale.errors import DataError, RefusedInputError
 from mmscale.logging import get_logger
+from mmscale.redact import bare_url
 from mmscale.streaming.index import ShardIndex, decode_index, index_path, map_index
 from mmscale.streaming.manifest import (
     MANIFEST_NAME,
@@ -28,7 +29,7 @@ from mmscale.streaming.storage.http import HttpClient, HttpFile, http_get
 from mmscale.streaming.storage.local import LocalFile
 from mmscale.streaming.storage.remote import FsspecClient, FsspecFile, fsspec_get
 from mmscale.streaming.storage.source import ByteSource, RemoteSource
-from mmscale.streaming.storage.urls import HTTP_SCHEMES, is_url, join_url, shown
+from mmscale.streaming.storage.urls import HTTP_SCHEMES, is_url, join_url
 
 log = get_logger(__name__)
 
@@ -82,7 +83,7 @@ def open_folder(place: Path | str, cache: CacheConfig | None = None) -> DatasetF
         if cache is None or cache.dir is None:
             log.info(
                 "%s is read without a cache (data.cache.dir): samples one by one, indexes by every process",
-                shown(place),
+                bare_url(place),
             )
         return RemoteFolder(place, cache)
     return LocalFolder(Path(place), cache)
@@ -190,7 +191,7 @@ class RemoteFolder:
 
     def __init__(self, url: str, cache: CacheConfig | None = None) -> None:
         self.url = url
-        self.where = shown(url)
+        self.where = bare_url(url)
         self._is_http = urlsplit(url).scheme.lower() in HTTP_SCHEMES
         self._http = HttpClient()
         self._fsspec = FsspecClient(url)

@@ -22,6 +22,7 @@ import numpy as np
 from mmscale.config.schema import CacheConfig
 from mmscale.errors import BadSampleError, DataError, RefusedInputError
 from mmscale.logging import get_logger
+from mmscale.redact import bare_url
 from mmscale.streaming.folder import DatasetFolder, LocalFolder, open_folder, split_pattern
 from mmscale.streaming.index import MEMBER_COLUMNS, ShardIndex
 from mmscale.streaming.manifest import MANIFEST_NAME, Manifest, ShardEntry, file_sha256, select_shards
@@ -29,7 +30,6 @@ from mmscale.streaming.media import modality_of
 from mmscale.streaming.rows import parse_sample
 from mmscale.streaming.storage.local import LocalFile
 from mmscale.streaming.storage.source import ByteSource, Range, in_threads, retry
-from mmscale.streaming.storage.urls import shown
 from mmscale.streaming.storage.zstd import ZstdFile
 from mmscale.types import MODALITIES, Sample
 
@@ -294,7 +294,7 @@ class ShardSet:
         if quarantined:
             used = tuple(entry for entry in manifest.shards if entry.name not in quarantined)
             fingerprint = Manifest(used).fingerprint
-        return cls(opened, shown(name), fingerprint, tuple(shards), quarantined, skipped)
+        return cls(opened, bare_url(name), fingerprint, tuple(shards), quarantined, skipped)
 
     def __len__(self) -> int:
         return self._starts[-1]

@@ -1,10 +1,7 @@
-"""Writes, finds and prunes checkpoints. A checkpoint is either complete and verified, or it does not exist.
+"""Writes and finds checkpoints. A checkpoint is either complete and verified, or it does not exist.
 
-checkpoints/
-  step_00000120.tmp/     being written; removed at the next start
-  step_00000120/         complete: the rename is the commit
-  .bad-step_00000110-0/  rejected at a start, with the reason in the log
-  latest                 name of the newest folder, for people; nothing here trusts it
+A save goes: copy of the state in host memory - plan of all ranks - each rank writes its file in a thread - rank 0 writes the manifest
+and renames the folder. Only the first two and the last hold the training up, and only they talk to other ranks.
 """
 
 from __future__ import annotations
@@ -14,32 +11,36 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 import mmscale
-from mmscale.errors import CheckpointError
+from mmscale.errors import CheckpointError, FencedError, SaveError
 from mmscale.logging import get_logger
-from mmscale.parallel.comm import barrier, broadcast_object, gather_objects
+from mmscale.parallel.comm import barrier, broadcast_object, gather_objects, on_main
 from mmscale.parallel.engines.base import Engine
 from mmscale.parallel.mesh import Mesh
-from mmscale.train.checkpoint_reader import (
-    FORMAT,
-    MANIFEST,
-    TRAINER,
-    CheckpointReader,
-    file_record,
-    folder_name,
-    folder_step,
-    open_checkpoint,
-    verify_checkpoint,
+from mmscale.train.attempt import Attempt, Lineage
+from mmscale.train.checkpoint_folders import (
+    choose_checkpoint,
+    list_checkpoints,
+    mark_whole,
+    problems_of,
+    prune,
+    set_aside,
 )
-from mmscale.train.checkpoint_writer import write_chunks
+from mmscale.train.checkpoint_reader import CheckpointReader, open_checkpoint
+from mmscale.train.checkpoint_writer import Part, Snapshot, StatePlan, write_part
+from mmscale.train.manifest import MANIFEST, TRAINER, file_record, folder_name, manifest_text, verify_checkpoint
 
 __all__ = [
     "CheckpointReader",
+    "CheckpointWriter",
+    "Saved",
     "find_checkpoint",
     "newest_checkpoint",
     "open_checkpoint",
@@ -49,13 +50,214 @@ __all__ = [
 
 log = get_logger(__name__)
 T = TypeVar("T")
-_Stamp = tuple[tuple[str, int, int], ...]
+
+RESERVE_BYTES = 1 << 20
+"""Free space that a save leaves for its small files and those of the run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A committed checkpoint. `num_bytes`: of all its files; `write_s`: the slowest rank's writing, in seconds."""
+
+    path: Path
+    num_bytes: int
+    write_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Save:
+    """A checkpoint that is being written; `part` is None when it is there already."""
+
+    step: int
+    trainer_state: Mapping[str, Any]
+    part: Future[Part] | None
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of one engine, one after the other.
+
+    Distributed: every rank calls every method at the same point, but `is_written` and `close`.
+    """
+
+    def __init__(
+        self, root: Path, engine: Engine, mesh: Mesh, attempt: Attempt | None = None, token: str | None = None
+    ) -> None:
+        """Args:
+        root: `<run.dir>/checkpoints`, on a file system that all ranks share.
+        attempt: that writes; once it is fenced it commits nothing. None = nobody else writes here.
+        token: for the manifest where there is no attempt.
+        """
+        self._root, self._engine, self._mesh, self._attempt = root, engine, mesh, attempt
+        # rank 0's: it alone claims the run directory and so knows the token
+        self._token = broadcast_object(mesh, token if attempt is None else attempt.token)
+        self._snapshot, self._plan = Snapshot(), StatePlan(mesh, engine.state_names)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._save: _Save | None = None
+        self._lineage: Lineage | None = None
+        self._pruning: Future[None] | None = None
+
+    def snapshot(self) -> None:
+        """Copies the engine's state into host memory; what is written next."""
+        self._snapshot.take(self._engine.state_views())
+        self._plan.agree(self._snapshot.items)
+
+    def begin(self, step: int, trainer_state: Mapping[str, Any]) -> None:
+        """Starts to write the snapshot as the checkpoint of `step`.
+
+        Raises, on every rank and before anything is written:
+            SaveError: no room, or the folder cannot be made.
+            FencedError: another attempt owns the run.
+        """
+        assert self._save is None, "one save at a time"
+        needed = gather_objects(self._mesh, self._snapshot.bytes_needed)
+        is_there = on_main(self._mesh, lambda: _on_disk(lambda: self._prepare(step, sum(needed or ()))))
+        tmp = self._tmp(step)
+        part = None if is_there else self._thread.submit(write_part, tmp, self._mesh.rank, self._snapshot)
+        self._save = _Save(step, trainer_state, part)
+
+    @property
+    def is_written(self) -> bool:
+        """True when this rank has written its part of the checkpoint that was begun."""
+        return self._save is not None and (self._save.part is None or self._save.part.done())
+
+    def commit(self) -> Saved:
+        """Waits until all ranks have written the checkpoint that was begun, and makes it visible.
+
+        Raises, on every rank, after which the checkpoint does not exist:
+            SaveError: the disk refused on some rank.
+            FencedError: another attempt owns the run.
+        """
+        save, self._save = self._save, None
+        assert save is not None, "a save is begun first"
+        if save.part is None:
+            return Saved(self._root / folder_name(save.step), 0, 0.0)
+        reports = gather_objects(self._mesh, self._outcome(save.part))
+        return on_main(self._mesh, lambda: _on_disk(lambda: self._commit_or_remove(save, reports or [])))
+
+    def prune(self, keep_last: int, keep_every: int | None = None) -> None:
+        """Deletes old checkpoints in the background, see `prune` of `checkpoint_folders`."""
+        if not self._mesh.is_main:
+            return
+        if self._pruning is not None:
+            self._pruning.result()  # done before the last save was written; raises what was not foreseen
+        self._pruning = self._thread.submit(self._prune, keep_last, keep_every)
+
+    def close(self) -> None:
+        """Gives up what is under way, and waits for the thread, which may still be pruning. Needs no other rank."""
+        self._snapshot.cancel()
+        self._thread.shutdown()
+        if self._save is not None and self._mesh.is_main:
+            shutil.rmtree(self._tmp(self._save.step), ignore_errors=True)  # else the next start removes it
+        self._save = None
+
+    def _tmp(self, step: int) -> Path:
+        """Where `step` is written. Two attempts never share it."""
+        names = (folder_name(step), self._token, "tmp")
+        return self._root / ".".join(name for name in names if name is not None)
+
+    def _prepare(self, step: int, num_bytes: int) -> bool:
+        """True when the checkpoint is already there and whole; else makes room for it."""
+        self._check_owner()
+        final, tmp = self._root / folder_name(step), self._tmp(step)
+        if final.exists():
+            problems = problems_of(final, self._own_lineage())
+            if not problems:
+                return True
+            self._check_owner()  # again: hashing takes long, and the owner's checkpoint would look like a stranger's
+            set_aside(final, problems)
+        if tmp.exists():
+            shutil.rmtree(tmp)
+        self._root.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self._root).free
+        if free < num_bytes + RESERVE_BYTES:
+            raise OSError(f"{free / 1e6:,.1f} MB free for a checkpoint of {num_bytes / 1e6:,.1f} MB")
+        tmp.mkdir()
+        return False
+
+    def _outcome(self, part: Future[Part]) -> tuple[Part | None, str | None]:
+        """This rank's part, or why the disk refused it."""
+        try:
+            return part.result(), None
+        except (OSError, RuntimeError) as error:
+            refusal = _disk_cause(error)
+            if refusal is None:
+                raise
+            return None, f"{_reason(refusal)} (rank {self._mesh.rank})"
+
+    def _commit_or_remove(self, save: _Save, reports: list[tuple[Part | None, str | None]]) -> Saved:
+        try:
+            return self._commit(save, reports)
+        except (OSError, FencedError):
+            shutil.rmtree(self._tmp(save.step), ignore_errors=True)  # else the next start removes it
+            raise
+
+    def _commit(self, save: _Save, reports: list[tuple[Part | None, str | None]]) -> Saved:
+        failures = [error for _, error in reports if error is not None]
+        if failures:
+            raise OSError("; ".join(failures[:3]))
+        parts = [part for part, _ in reports if part is not None]
+        final, tmp = self._root / folder_name(save.step), self._tmp(save.step)
+        self._plan.write_metadata(tmp, [part.places for part in parts])
+        _write_text(tmp / TRAINER, json.dumps(self._content(save), indent=1, sort_keys=True))
+        files = {name: record for part in parts for name, record in part.files.items()}
+        files |= {name: file_record(tmp / name) for name in (TRAINER, ".metadata")}
+        _write_text(tmp / MANIFEST, manifest_text(save.step, self._token, files))
+        _fsync(tmp)
+        self._check_owner()
+        os.rename(tmp, final)  # refuses when another attempt has put its own there
+        _fsync(self._root)
+        mark_whole(final)
+        self._point_at(final)
+        return Saved(final, sum(record["bytes"] for record in files.values()), max(part.seconds for part in parts))
+
+    def _content(self, save: _Save) -> dict[str, Any]:
+        """What `trainer.json` holds. The layout is for people and bug reports; no reader needs it."""
+        mesh = self._mesh
+        layout = {
+            "engine": type(self._engine).__name__, "world_size": mesh.world_size, "dp_size": mesh.dp_size,
+            "tensor": mesh.tensor.size, "ulysses": mesh.ulysses.size, "ring": mesh.ring.size,
+        }  # fmt: skip
+        versions = {"mmscale": mmscale.__version__, "torch": torch.__version__, "python": platform.python_version()}
+        return {"step": save.step, "trainer": dict(save.trainer_state), "layout": layout, "versions": versions}
+
+    def _point_at(self, final: Path) -> None:
+        pointer = self._root / "latest.tmp"
+        try:
+            _write_text(pointer, final.name + "\n")
+            os.replace(pointer, self._root / "latest")
+        except OSError as error:  # the checkpoint stands; `latest` is for people
+            log.warning("%s: cannot be written: %s", self._root / "latest", error)
+
+    def _prune(self, keep_last: int, keep_every: int | None) -> None:
+        try:
+            prune(self._root, keep_last, keep_every, self._own_lineage(), self._is_fenced)
+        except (OSError, CheckpointError) as error:
+            log.error("old checkpoints in %s cannot be deleted: %s; the next save tries again", self._root, error)
+
+    def _own_lineage(self) -> Lineage | None:
+        if self._lineage is None and self._attempt is not None:
+            self._lineage = self._attempt.lineage()
+        return self._lineage
+
+    def _check_owner(self) -> None:
+        if self._is_fenced():
+            assert self._attempt is not None, "an attempt is fenced"
+            raise self._attempt.fence_error()
+
+    def _is_fenced(self) -> bool:
+        return self._attempt is not None and self._attempt.is_fenced()
 
 
 def save_checkpoint(
-    root: Path, step: int, engine: Engine, trainer_state: Mapping[str, Any], mesh: Mesh, keep_last: int
+    root: Path,
+    step: int,
+    engine: Engine,
+    trainer_state: Mapping[str, Any],
+    mesh: Mesh,
+    keep_last: int,
+    token: str | None = None,
 ) -> Path:
-    """The folder of the new checkpoint, complete on disk.
+    """The folder of the new checkpoint, complete on disk. A step that is already there and whole is left as it is.
 
     Args:
         root: `<run.dir>/checkpoints`, on a file system that all ranks share.
@@ -64,45 +266,40 @@ def save_checkpoint(
         trainer_state: everything else that resume needs (data state, fingerprints); values that JSON can hold.
         mesh: all ranks call this function.
         keep_last: verified checkpoints to keep, this one included; at least 1.
+        token: of the attempt that writes, for the manifest; None = no attempt.
 
-    Raises:
-        CheckpointError: on every rank, when the disk refuses or the engine's chunks do not make up every tensor; the previous
-            checkpoints are untouched.
-
-    A step that is already there and whole is left as it is.
+    Raises, on every rank, with the previous checkpoints untouched:
+        SaveError: the disk refuses.
+        CheckpointError: the engine's chunks do not make up every tensor.
     """
-    final = root / folder_name(step)
-    tmp = root / f"{final.name}.tmp"
-    if _on_main(mesh, lambda: _prepare(final, tmp)):
-        return final
-    _write_tensors(tmp, engine, mesh)
-    own = _attempt(lambda: {path.name: file_record(path) for path in sorted(tmp.glob(f"__{mesh.rank}_*"))})
-    reports = gather_objects(mesh, own)
-
-    def commit() -> None:
-        files: dict[str, Any] = {}
-        for records, error in reports or ():
-            if error is not None:
-                raise OSError(error)
-            files.update(records or {})
-        _commit(final, tmp, step, trainer_state, files, _layout(engine, mesh))
-        _prune(root, keep_last)
-
-    _on_main(mesh, commit)
-    return final
+    writer = CheckpointWriter(root, engine, mesh, token=token)
+    try:
+        writer.snapshot()
+        writer.begin(step, trainer_state)
+        saved = writer.commit()
+        if mesh.is_main:
+            prune(root, keep_last)
+    finally:
+        writer.close()
+    return saved.path
 
 
-def find_checkpoint(root: Path, mesh: Mesh) -> CheckpointReader | None:
+def find_checkpoint(root: Path, mesh: Mesh, attempt: Attempt | None = None) -> CheckpointReader | None:
     """The newest whole checkpoint under `root`, None when no checkpoint was ever written.
 
     Left-overs of interrupted saves are removed; folders that do not verify are renamed to `.bad-...` and logged.
 
+    Args:
+        attempt: that looks, and owns the run: checkpoints of strangers and of attempts that had lost the run do not count. None =
+            every whole one counts.
+
     Raises:
         CheckpointError: on every rank, when checkpoints exist but none of them is whole.
+        FencedError: on every rank, when another attempt has taken over.
 
     Distributed: every rank calls it; rank 0 looks, all ranks open what it found.
     """
-    name = _on_main(mesh, lambda: _choose(root))
+    name = on_main(mesh, lambda: _on_disk(lambda: choose_checkpoint(root, attempt)))
     barrier(mesh)
     return None if name is None else open_checkpoint(root / name, verify=False)
 
@@ -113,7 +310,7 @@ def newest_checkpoint(root: Path) -> CheckpointReader:
     Raises:
         CheckpointError: there is none.
     """
-    folders = _folders(root)
+    folders = list_checkpoints(root)
     for path in folders:
         problems = verify_checkpoint(path)
         if not problems:
@@ -125,167 +322,26 @@ def newest_checkpoint(root: Path) -> CheckpointReader:
     )
 
 
-def _write_tensors(tmp: Path, engine: Engine, mesh: Mesh) -> None:
+def _on_disk(work: Callable[[], T]) -> T:
     try:
-        write_chunks(tmp, engine.state_views(), engine.state_names, mesh.host_group)
+        return work()
     except OSError as error:
-        raise _disk_error(str(error)) from error
+        raise SaveError(
+            f"expected to read and write the run's checkpoints folder, found {_reason(error)}; make room or fix the permissions "
+            "and start again: the run resumes from the newest whole checkpoint"
+        ) from error
 
 
-def _prepare(final: Path, tmp: Path) -> bool:
-    """True when the checkpoint is already there and whole; else makes room for it."""
-    if final.exists():
-        problems = _problems(final)
-        if not problems:
-            return True
-        _set_aside(final, problems)
-    if tmp.exists():
-        shutil.rmtree(tmp)
-    tmp.mkdir(parents=True)
-    return False
+def _disk_cause(error: BaseException | None) -> OSError | None:
+    """The error of the disk behind `error`: torch's archive writer raises a RuntimeError of its own after it."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
-def _commit(
-    final: Path,
-    tmp: Path,
-    step: int,
-    trainer_state: Mapping[str, Any],
-    files: dict[str, Any],
-    layout: Mapping[str, int | str],
-) -> None:
-    versions = {"mmscale": mmscale.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    content = {
-        "step": step,
-        "trainer": dict(trainer_state),
-        "layout": dict(layout),
-        "versions": versions,
-    }
-    _write_text(tmp / TRAINER, json.dumps(content, indent=1, sort_keys=True))
-    _fsync(tmp / ".metadata")
-    for name in (TRAINER, ".metadata"):
-        files[name] = file_record(tmp / name)
-    manifest = {"format": FORMAT, "step": step, "files": dict(sorted(files.items()))}
-    _write_text(tmp / MANIFEST, json.dumps(manifest, indent=1))
-    _fsync(tmp)
-    os.rename(tmp, final)
-    _fsync(final.parent)
-    _known_good[final] = _stamp(final)
-    pointer = final.parent / "latest.tmp"
-    _write_text(pointer, final.name + "\n")
-    os.replace(pointer, final.parent / "latest")
-    _fsync(final.parent)
-
-
-def _layout(engine: Engine, mesh: Mesh) -> dict[str, int | str]:
-    """What wrote the checkpoint, for people and bug reports; no reader needs it. Stage and the like stand in the config."""
-    return {
-        "engine": type(engine).__name__,
-        "world_size": mesh.world_size,
-        "dp_size": mesh.dp_size,
-        "tensor": mesh.tensor.size,
-        "ulysses": mesh.ulysses.size,
-        "ring": mesh.ring.size,
-    }
-
-
-def _choose(root: Path) -> str | None:
-    if not root.exists():
-        return None
-    for path in root.glob("*.tmp"):
-        log.warning("removing %s, left over from an interrupted save", path)
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for path in _folders(root):
-        problems = verify_checkpoint(path)
-        if not problems:
-            _known_good[path] = _stamp(path)
-            return path.name
-        _set_aside(path, problems)
-    rejected = sorted(path.name for path in root.glob(".bad-step_*"))
-    if rejected or (root / "latest").exists():
-        raise CheckpointError(
-            f"expected a whole checkpoint in {root}, found none, though the run has saved before (rejected: "
-            f"{', '.join(rejected) or 'none, the folders are gone'}); restore one from a backup, or move {root} away to "
-            "start again from step 0"
-        )
-    return None
-
-
-def _prune(root: Path, keep_last: int) -> None:
-    """Deletes what is older than the newest `keep_last` whole checkpoints; with fewer whole ones, nothing."""
-    kept = 0
-    for path in _folders(root):
-        if kept >= max(keep_last, 1):
-            # Renamed first: a kill half way through the deletion leaves a name that the next start removes.
-            doomed = path.with_name(f"{path.name}.old.tmp")
-            os.rename(path, doomed)
-            shutil.rmtree(doomed)
-            _known_good.pop(path, None)
-        elif not _problems(path):
-            kept += 1
-
-
-def _set_aside(path: Path, problems: list[str]) -> None:
-    number = len(list(path.parent.glob(f".bad-{path.name}-*")))
-    bad = path.with_name(f".bad-{path.name}-{number}")
-    os.rename(path, bad)
-    log.error("checkpoint %s is rejected and renamed to %s: %s", path.name, bad.name, "; ".join(problems[:5]))
-
-
-def _folders(root: Path) -> list[Path]:
-    """Checkpoint folders under `root`, the newest first."""
-    found = [(step, path) for path in root.glob("step_*") if (step := folder_step(path.name)) is not None]
-    return [path for _, path in sorted(found, reverse=True)]
-
-
-_known_good: dict[Path, _Stamp] = {}
-"""Folders that this process wrote or verified, so that each is hashed once while its files keep size and time."""
-
-
-def _problems(path: Path) -> list[str]:
-    stamp = _stamp(path)
-    if _known_good.get(path) == stamp:
-        return []
-    problems = verify_checkpoint(path)
-    if not problems:
-        _known_good[path] = stamp
-    return problems
-
-
-def _stamp(path: Path) -> _Stamp:
-    stats = (
-        sorted((entry.name, entry.stat(follow_symlinks=False)) for entry in os.scandir(path)) if path.is_dir() else []
-    )
-    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
-
-
-def _attempt(work: Callable[[], T]) -> tuple[T | None, str | None]:
-    try:
-        return work(), None
-    except (OSError, CheckpointError) as error:
-        return None, str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
-
-
-def _on_main(mesh: Mesh, work: Callable[[], T]) -> T:
-    """The result of `work`, run on rank 0, on every rank; its failure is raised on every rank too."""
-    result: tuple[T | None, str | None, bool] = (None, None, False)
-    if mesh.is_main:
-        try:
-            result = (work(), None, False)
-        except OSError as error:
-            result = (None, f"{type(error).__name__}: {error}", True)
-        except CheckpointError as error:
-            result = (None, str(error), False)
-    value, error_text, is_disk = broadcast_object(mesh, result)
-    if error_text is not None:
-        raise _disk_error(error_text) if is_disk else CheckpointError(error_text)
-    return value  # type: ignore[return-value]
-
-
-def _disk_error(found: str) -> CheckpointError:
-    return CheckpointError(
-        f"expected to read and write the run's checkpoints folder, found {found}; make room or fix the permissions and start "
-        "again: the run resumes from the newest whole checkpoint"
-    )
+def _reason(error: OSError) -> str:
+    """What the system said, with the name of its kind; a text of ours as it is."""
+    return str(error) if error.errno is None else f"{type(error).__name__}: {error}"
 
 
 def _write_text(path: Path, text: str) -> None:

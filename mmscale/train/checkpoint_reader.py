@@ -1,16 +1,10 @@
-"""Opens a checkpoint folder: verification against its manifest, then one tensor at a time, on one process.
-
-A folder `step_00000120` holds `manifest.json` (bytes and sha256 of every other file), `trainer.json`, `.metadata` (where
-each tensor lies; written by torch's distributed checkpoint) and one tensor file per rank that wrote.
-"""
+"""Opens a checkpoint folder: verification, then one tensor at a time, on one process."""
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import pickle
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,80 +17,10 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 from mmscale.errors import CheckpointError
 from mmscale.train.coverage import Box, coverage_problem
+from mmscale.train.manifest import TRAINER, verify_checkpoint
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
-
-FORMAT = "mmscale-checkpoint-1"
-MANIFEST = "manifest.json"
-TRAINER = "trainer.json"
-_FOLDER = re.compile(r"step_(\d{8,})")
-_HASH_BLOCK_BYTES = 1 << 22
-
-
-def folder_name(step: int) -> str:
-    """The folder of the checkpoint after `step` optimizer steps.
-
-    Example:
-        >>> folder_name(120)
-        'step_00000120'
-    """
-    return f"step_{step:08d}"
-
-
-def folder_step(name: str) -> int | None:
-    """The step in a checkpoint folder's name, None when it is no such name."""
-    match = _FOLDER.fullmatch(name)
-    return int(match.group(1)) if match else None
-
-
-def file_record(path: Path) -> dict[str, Any]:
-    """`{"bytes": size, "sha256": hex}` of a file, as it stands in the manifest."""
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while block := file.read(_HASH_BLOCK_BYTES):
-            digest.update(block)
-            size += len(block)
-    return {"bytes": size, "sha256": digest.hexdigest()}
-
-
-def verify_checkpoint(path: Path) -> list[str]:
-    """What is wrong with a checkpoint folder, one line each; empty when it is whole.
-
-    Every file of the manifest must be there with its size and sha256, and no other file. Cost: reads every byte.
-    """
-    try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-        step, files = manifest["step"], dict(manifest["files"])
-        if manifest["format"] != FORMAT or step != folder_step(path.name):
-            return [f"{MANIFEST}: expected {FORMAT} of step {folder_step(path.name)}, found step {step!r}"]
-        wanted = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
-        present = {entry.name for entry in path.iterdir()} - {MANIFEST}
-    except FileNotFoundError:
-        return [f"{MANIFEST}: missing, so the checkpoint was never completed"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return [f"{MANIFEST}: not readable as a manifest ({type(error).__name__}: {error})"]
-    problems = [f"{name}: not in the manifest" for name in sorted(present - set(wanted))]
-    problems += [f"{name}: missing" for name in sorted(set(wanted) - present)]
-    for name in sorted(present & set(wanted)):
-        problem = _file_problem(path / name, *wanted[name])
-        if problem:
-            problems.append(f"{name}: {problem}")
-    return problems
-
-
-def _file_problem(path: Path, num_bytes: int, sha256: str) -> str | None:
-    try:
-        if not path.is_file() or path.is_symlink():
-            return "not a plain file"
-        size = path.stat().st_size
-        if size != num_bytes:
-            return f"expected {num_bytes} bytes, found {size}"
-        if file_record(path)["sha256"] != sha256:
-            return "its sha256 is not the manifest's: the content has changed"
-    except OSError as error:
-        return f"not readable ({error})"
-    return None
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,11 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,18 +19,19 @@ import mmscale
 from mmscale import logging
 from mmscale.config.checks import check_config, check_lengths
 from mmscale.config.cost import run_cost
+from mmscale.config.identity import identity_changes
 from mmscale.config.layouts import check_degrees
 from mmscale.config.llm import llm_sizes
-from mmscale.config.load import dump_config
+from mmscale.config.load import dump_config, load_config
 from mmscale.config.mixture import is_stream_mode
 from mmscale.config.schema import Config, CostConfig, ParallelConfig, SourceConfig, TrainConfig
 from mmscale.config.specs import extra_tokens, media_specs
 from mmscale.errors import CheckpointError, ConfigError, RefusedInputError
 from mmscale.kernels.attention.select import explain
-from mmscale.model.composite import MultimodalLM, build_model
+from mmscale.model.composite import build_model
 from mmscale.model.llm.attention import check_positions
 from mmscale.parallel.apply import external_parts, make_engine
-from mmscale.parallel.comm import all_gather_objects, barrier, broadcast_object, sum_ints
+from mmscale.parallel.comm import all_gather_objects, barrier, broadcast_object, on_main, sum_ints
 from mmscale.parallel.engines.base import Engine
 from mmscale.parallel.layout import ShardLayout
 from mmscale.parallel.mesh import Mesh
@@ -46,9 +46,12 @@ from mmscale.streaming.make_pack import Divide
 from mmscale.streaming.protocol import DataState, DataStream
 from mmscale.streaming.tokenizer import TextTokenizer
 from mmscale.streaming.unindexed.stream import UnindexedStream
+from mmscale.train.attempt import Attempt
 from mmscale.train.checkpoint import CheckpointReader, find_checkpoint
 from mmscale.train.flops import FlopModel, flop_model
+from mmscale.train.heartbeat import clear_beats
 from mmscale.train.optim import ParamGroup, build_optimizer, param_groups
+from mmscale.train.rollback import PassedOver, read_passed_over
 from mmscale.types import MediaSpecs
 
 log = logging.get_logger(__name__)
@@ -62,7 +65,7 @@ class Run:
     """Everything a step needs.
 
     `first_step`: the next optimizer step (1 = a new run). `state`: the data state before it, None = the beginning. `external`: path and sha256 of
-    the frozen parts whose weights checkpoints leave out.
+    the frozen parts whose weights checkpoints leave out. `passed_over`: steps whose batch is consumed without an update.
     """
 
     config: Config
@@ -76,6 +79,7 @@ class Run:
     first_step: int
     state: DataState | None
     external: Mapping[str, Mapping[str, str]]
+    passed_over: PassedOver
 
     @property
     def folder(self) -> Path:
@@ -84,7 +88,7 @@ class Run:
 
 
 @contextmanager
-def open_run(config: Config, mesh: Mesh) -> Iterator[Run | None]:
+def open_run(config: Config, mesh: Mesh, attempt: Attempt) -> Iterator[Run | None]:
     """A run at its resume point; None when the run directory says that all steps are done.
 
     Raises:
@@ -99,12 +103,28 @@ def open_run(config: Config, mesh: Mesh) -> Iterator[Run | None]:
     if _is_done(config):
         yield None
         return
-    run = _assemble(config, mesh)
+    on_main(mesh, lambda: _check_same_run(config))
+    run = _assemble(config, mesh, lambda: _take_over(config, mesh, attempt))
     try:
         if mesh.is_main:
-            _prepare_folder(config)  # only now: a refused start leaves the run directory as it was
+            _prepare_folder(config)
         barrier(mesh)
         _print_header(run)
+        yield run
+    finally:
+        run.engine.close()
+
+
+@contextmanager
+def open_again(config: Config, mesh: Mesh, reader: CheckpointReader | None) -> Iterator[Run]:
+    """A run as it stood after the checkpoint `reader` (None = at its beginning), to look at: nothing is claimed or written there.
+
+    Raises what `open_run` raises. Distributed: every rank calls it.
+    """
+    check_config(config, mesh.world_size)
+    _set_torch(config)
+    run = _assemble(config, mesh, lambda: reader)
+    try:
         yield run
     finally:
         run.engine.close()
@@ -147,14 +167,13 @@ def _set_torch(config: Config) -> None:
 
 
 def _prepare_folder(config: Config) -> None:
-    """Creates the run directory and writes the resolved config into it; that it replaces another one is said."""
+    """Writes the resolved config into the run directory and takes away what earlier attempts have said there."""
     folder = Path(config.run.dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / DONE).unlink(missing_ok=True)
+        clear_beats(folder)
         saved, text = folder / "config.yaml", dump_config(config)
-        if saved.exists() and saved.read_text(encoding="utf-8") != text:
-            log.warning("%s differs from the config given now; the one given now is used and saved", saved)
         temporary = folder / ".config.yaml.tmp"
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, saved)
@@ -164,7 +183,8 @@ def _prepare_folder(config: Config) -> None:
         ) from error
 
 
-def _assemble(config: Config, mesh: Mesh) -> Run:
+def _assemble(config: Config, mesh: Mesh, choose: Callable[[], CheckpointReader | None]) -> Run:
+    """The run as it stands after the checkpoint that `choose` gives; None = at its beginning."""
     _kernel_text(config, mesh)  # refused before the seconds of the rest
     tokenizer = load_tokenizer(config)
     specs = media_specs(config.model, config.data)
@@ -173,7 +193,6 @@ def _assemble(config: Config, mesh: Mesh) -> Run:
     opening = _Opening(config, tokenizer, specs, cost, sharing)
     stream = _training_stream(opening)
     eval_stream = _open_stream(opening, config.eval.sources) if config.eval.every else None
-    reader = find_checkpoint(Path(config.run.dir) / "checkpoints", mesh)
     model = build_model(config, tokenizer.vocab_size, specs)
     check_lengths(config, specs, getattr(model.llm.config, "max_position_embeddings", None))
     check_positions(model.llm.config, config.data.seq_len)
@@ -188,6 +207,7 @@ def _assemble(config: Config, mesh: Mesh) -> Run:
     hashes = broadcast_object(
         mesh, {name: weights_sha256(path) for name, path in external.items()} if mesh.is_main else {}
     )
+    reader = choose()
     # before the engine: a checkpoint of other data or weights is refused without the work of loading it
     state = None if reader is None else stream.restore(reader.trainer["data"])
     if reader is not None:
@@ -197,7 +217,44 @@ def _assemble(config: Config, mesh: Mesh) -> Run:
     )
     first_step = 1 if reader is None else reader.step + 1
     sources = {name: {"path": path, "sha256": hashes[name]} for name, path in external.items()}
-    return Run(config, mesh, sharing, stream, eval_stream, engine, groups, flops, first_step, state, sources)
+    passed_over = on_main(mesh, lambda: read_passed_over(Path(config.run.dir)))
+    return Run(
+        config, mesh, sharing, stream, eval_stream, engine, groups, flops, first_step, state, sources, passed_over
+    )
+
+
+def _take_over(config: Config, mesh: Mesh, attempt: Attempt) -> CheckpointReader | None:
+    """Makes this attempt the owner of the run directory, and gives the checkpoint from which it goes on.
+
+    It comes late, so that a start that is refused leaves the directory, and whoever works there, alone.
+    """
+    on_main(mesh, attempt.claim)
+    reader = find_checkpoint(Path(config.run.dir) / "checkpoints", mesh, attempt)
+    on_main(mesh, lambda: attempt.started(0 if reader is None else reader.step, mesh.world_size))
+    return reader
+
+
+def _check_same_run(config: Config) -> None:
+    """Refuses a run directory in which another run has trained, unless `run.accept_changes` says to go on."""
+    folder = Path(config.run.dir)
+    saved = folder / "config.yaml"
+    if not (saved.exists() and (folder / "metrics.jsonl").exists()):
+        return
+    try:
+        before = load_config(str(saved), [])
+    except ConfigError as error:  # written by a version with other keys
+        log.warning("%s cannot be compared with the config given now: %s", saved, error)
+        return
+    changes = identity_changes(before, config)
+    if not changes:
+        return
+    text = "; ".join(changes[:5]) + (f" and {len(changes) - 5} more" if len(changes) > 5 else "")
+    if not config.run.accept_changes:
+        raise ConfigError(
+            f"run.dir={folder}: expected the settings with which this run was begun, found {text}; choose another run.dir, or set "
+            "run.accept_changes=true to go on with the new ones"
+        )
+    log.warning("%s goes on with other settings: %s", folder, text)
 
 
 def weights_sha256(folder: str) -> str:
@@ -324,11 +381,6 @@ class _Together:
         """Returns when every rank has come here."""
         while sum_ints(self._mesh, [0]) != [0]:
             pass
-
-
-def count_parameters(model: MultimodalLM, trained: Mapping[str, Any]) -> list[tuple[str, int, bool]]:
-    """(part, parameters, whether it is trained) for every part of a model."""
-    return [(name, sum(p.numel() for p in part.parameters()), name in trained) for name, part in model.parts().items()]
 
 
 def _commit() -> str:

@@ -181,7 +181,7 @@ def bf16_losses(mesh: Mesh, stage: int, seed: int) -> Any:
     engine = build(mesh, stage, train, seed)
     losses = train_steps(engine, mesh, train, range(3), 4, seed)
     names = {name: chunk.value.dtype for name, chunk in engine.state_views()}
-    model = engine._engine.module if stage else engine._model
+    model = engine._spec.model
     frequencies = model.frequencies.clone()
     engine.close()
     return losses, names, frequencies

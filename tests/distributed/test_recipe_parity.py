@@ -25,9 +25,8 @@ def train_recipe(mesh, data, run, overrides):
     """Runs on every rank of the mesh."""
     from mmscale.config.load import load_config
     from mmscale.train.loop import train
-    from mmscale.train.signals import StopFlag
 
-    train(load_config(RECIPE, [f"data.root={data}", f"run.dir={run}", *SMALL, *overrides]), mesh, StopFlag())
+    train(load_config(RECIPE, [f"data.root={data}", f"run.dir={run}", *SMALL, *overrides]), mesh)
 
 
 def train_alone(data, run, overrides):

@@ -11,6 +11,7 @@ from mmscale.cli.main import app
 from mmscale.config.load import load_config
 from mmscale.errors import ConfigError
 from mmscale.parallel.mesh import Axis, Mesh
+from mmscale.train.job import Job
 from mmscale.train.setup import open_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -132,7 +133,7 @@ def start_a_run(demo_data, tmp_path, *words):
         0, 2, 0, 1, torch.device("cpu"), ring=Axis(0, 2), sequence=Axis(0, 2), replica=Axis(0, 2), grads=Axis(0, 2)
     )
     config = load_config(DIGITS, [f"data.root={demo_data}", f"run.dir={tmp_path / 'run'}", "parallel.ring=2", *words])
-    with pytest.raises(ConfigError) as refusal, open_run(config, mesh):
+    with pytest.raises(ConfigError) as refusal, open_run(config, mesh, Job.of(config).attempt):
         pass
     assert not (tmp_path / "run").exists()
     return str(refusal.value)

@@ -22,10 +22,9 @@ def _train(demo_data, run, overrides=()):
     from mmscale.config.schema import ParallelConfig
     from mmscale.parallel.mesh import init_mesh
     from mmscale.train.loop import train
-    from mmscale.train.signals import StopFlag
 
     config = load_config(RECIPE, [f"data.root={demo_data}", f"run.dir={run}", *SMALL, *overrides])
-    train(config, init_mesh(ParallelConfig(), "cpu"), StopFlag())
+    train(config, init_mesh(ParallelConfig(), "cpu"))
 
 
 @pytest.fixture(scope="module")

@@ -38,9 +38,8 @@ def train_here(*words):
     from mmscale.config.schema import ParallelConfig
     from mmscale.parallel.mesh import init_mesh
     from mmscale.train.loop import train
-    from mmscale.train.signals import StopFlag
 
-    train(load_config(RECIPE, words), init_mesh(ParallelConfig(), "cpu"), StopFlag())
+    train(load_config(RECIPE, words), init_mesh(ParallelConfig(), "cpu"))
 
 
 def test_frozen_tower_from_a_folder(tower, demo_data, tmp_path):

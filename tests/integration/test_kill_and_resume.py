@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from mmscale.train.heartbeat import read_beat
+
 RECIPE = Path(__file__).parents[2] / "configs/recipes/digits.yaml"
 MMSCALE = Path(sys.executable).parent / "mmscale"
 STEPS = 14
@@ -174,8 +176,8 @@ def _catches(pid, number):
 
 def test_a_flipped_bit_in_the_newest_checkpoint_costs_only_time(straight, demo_data, tmp_path):
     run = tmp_path / "run"
-    kill_when(start(words(demo_data, run, "data.workers=0")), run, 7)
-    newest = max((run / "checkpoints").glob("step_*"))
+    kill_when(start(words(demo_data, run, "data.workers=0")), run, 10)  # steps 3 and 6 are committed, 9 is perhaps
+    newest = max((run / "checkpoints").glob("step_????????"))
     file = max(newest.glob("*.distcp"), key=lambda p: p.stat().st_size)
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
@@ -183,6 +185,30 @@ def test_a_flipped_bit_in_the_newest_checkpoint_costs_only_time(straight, demo_d
     finish(start(words(demo_data, run, "data.workers=0")))
     assert history(run) == straight
     assert any(p.name.startswith(".bad-") for p in (run / "checkpoints").iterdir())
+
+
+def test_a_disk_that_is_full_for_some_steps_costs_nothing(straight, demo_data, disk):
+    """The whole run directory lies on it: metrics, ledger and TensorBoard are refused as well as the checkpoint of step 6."""
+    run = disk.path / "run"
+    process = start(words(demo_data, run, "data.workers=0", "run.tensorboard=true"))
+    _wait_for_step(process, run, 4)
+    disk.fill()
+    _wait_for_step(process, run, 9)
+    disk.empty()
+    finish(process)
+    assert history(run) == straight
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    failed = [event["step"] for event in events if event["event"] == "save_failed"]
+    assert 6 in failed and max(failed) < STEPS
+    assert max(event["step"] for event in events if event["event"] == "save") == STEPS
+
+
+def _wait_for_step(process, run, step):
+    """By the heartbeat, which is rewritten in place: nothing else grows on a full disk."""
+    limit = time.monotonic() + 120
+    while (beat := read_beat(run / "heartbeats/rank_00000.json")) is None or beat.step < step:
+        assert process.is_alive() and time.monotonic() < limit
+        time.sleep(0.005)
 
 
 def test_no_whole_checkpoint_left_is_refused(demo_data, tmp_path):

@@ -32,8 +32,7 @@ from mmscale.config.load import load_config
 from mmscale.config.schema import ParallelConfig
 from mmscale.parallel.mesh import init_mesh
 from mmscale.train.loop import train
-from mmscale.train.signals import StopFlag
-train(load_config(sys.argv[1], sys.argv[2:]), init_mesh(ParallelConfig(), "cpu"), StopFlag())
+train(load_config(sys.argv[1], sys.argv[2:]), init_mesh(ParallelConfig(), "cpu"))
 after = snapshot()
 changed = sorted(k for k in before if before[k] != after.get(k))
 print(len(before), "looked at; changed:", changed)

@@ -13,20 +13,20 @@ PACKAGE = REPO / "mmscale"
 
 # what a package may import: itself and everything on an earlier line
 ORDER = [
-    {"errors", "types", "registry", "logging", "figure"},
+    {"errors", "types", "registry", "redact", "logging", "figure"},
     {"config"},
     {"kernels", "streaming"},
     {"model"},
     {"parallel"},
     {"train"},
-    {"eval", "serve"},
+    {"eval", "serve", "cluster"},
     {"cli"},
 ]
 NEVER = {
     "streaming": {"kernels"},
-    "kernels": {"errors", "types", "registry", "logging", "figure", "config", "streaming"},
+    "kernels": {"errors", "types", "registry", "redact", "logging", "figure", "config", "streaming"},
     "model": {"streaming"},
-    "data_tools": {"kernels", "model", "parallel", "train", "eval", "serve", "cli"},
+    "data_tools": {"kernels", "model", "parallel", "train", "eval", "serve", "cluster", "cli"},
 }
 OPTIONAL = (
     "deepspeed",

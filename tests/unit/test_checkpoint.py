@@ -11,6 +11,7 @@ import resource
 import shutil
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ from mmscale.train.checkpoint import (
     save_checkpoint,
     verify_checkpoint,
 )
-from mmscale.train.checkpoint_reader import file_record
+from mmscale.train.manifest import file_record, manifest_text, read_manifest
 from mmscale.train.optim import build_optimizer, param_groups
 
 MESH = init_mesh(ParallelConfig(), "cpu", Launch())
@@ -81,6 +82,9 @@ def test_what_was_saved_is_read_back(root) -> None:
         assert got.dtype == chunk.value.dtype and torch.equal(got, chunk.value) and reader.shape(name) == chunk.whole
     with pytest.raises(CheckpointError, match=r"expected a tensor model\.lm"):
         reader.read("model.lm")
+    assert read_manifest(reader.path)["attempt"] is None
+    save_checkpoint(root, 8, engine, {}, MESH, 2, token="7.0")
+    assert read_manifest(root / "step_00000008")["attempt"] == "7.0"
 
 
 def test_no_checkpoint_yet_is_no_error(root) -> None:
@@ -97,6 +101,18 @@ def flip_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
+def change_byte(path: Path, place: float) -> None:
+    """Inverts the byte at `place` of the file: 0 is the first, 1 the last."""
+    data = bytearray(path.read_bytes())
+    data[round(place * (len(data) - 1))] ^= 0xFF
+    path.write_bytes(data)
+
+
+def cut(path: Path, place: float) -> None:
+    """Leaves the part of the file before `place`."""
+    os.truncate(path, round(place * (path.stat().st_size - 1)))
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
@@ -107,6 +123,8 @@ def append(path: Path) -> None:
 
 DAMAGES = {
     "flip": flip_bit,
+    **{f"byte_at_{place}": partial(change_byte, place=place) for place in (0, 0.1, 0.5, 0.9, 1)},
+    **{f"cut_at_{place}": partial(cut, place=place) for place in (0, 0.5)},
     "truncate": truncate,
     "append": append,
     "remove": Path.unlink,
@@ -115,8 +133,12 @@ DAMAGES = {
 }
 
 
-CASES = [(damage, name) for damage in DAMAGES for name in ("__0_0.distcp", ".metadata", "trainer.json")]
-CASES += [("truncate", "manifest.json"), ("remove", "manifest.json")]
+FILES = ("__0_0.distcp", ".metadata", "trainer.json", "manifest.json")
+CASES = [(damage, name) for damage in DAMAGES for name in FILES]
+# a manifest with a changed byte may still say the same (`test_every_changed_byte_...`), and nothing lists it
+CASES = [
+    case for case in CASES if case not in {(damage, "manifest.json") for damage in ("flip", "append", "link", "extra")}
+]
 
 
 @pytest.mark.parametrize(("damage", "name"), CASES)
@@ -178,7 +200,7 @@ def test_left_overs_of_a_killed_save_are_removed(root) -> None:
     save(root, 1, 2)
     whole = root / "step_00000002"
     whole.rename(root / "step_00000002.tmp")  # killed after the manifest, before the rename
-    half = root / "step_00000003.tmp"
+    half = root / "step_00000003.7.0.tmp"
     half.mkdir()
     (half / "__0_0.distcp").write_bytes(b"half")
     (root / "latest.tmp").write_text("step_0000")
@@ -235,9 +257,9 @@ class Evil:
 
 def forge(folder: Path, name: str) -> None:
     """Makes the manifest agree with a changed file, as someone who wants to be loaded would."""
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = read_manifest(folder)
     manifest["files"][name] = file_record(folder / name)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(manifest_text(manifest["step"], manifest["attempt"], manifest["files"]))
 
 
 def test_an_evil_metadata_pickle_runs_nothing(root, tmp_path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import mmscale.config.env as env_module
-from mmscale.config.env import VARIABLES, Launch, launch_from_env
+from mmscale.config.env import VARIABLES, AgentLink, Launch, agent_from_env, launch_from_env, rank_environment
 from mmscale.errors import ConfigError
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
@@ -67,3 +67,14 @@ def test_every_variable_that_is_read_is_in_the_table() -> None:
     table, code = source.split('"""Every variable')
     read = set(re.findall(r'"([A-Z][A-Z_]+)"', code))
     assert read == set(VARIABLES), read ^ set(VARIABLES)
+
+
+def test_a_rank_reads_what_its_agent_gave_it() -> None:
+    launch, agent = Launch(3, 1, 4, "10.0.0.1", 29500, 2), AgentLink(71, 5)
+    env = rank_environment(launch, agent, "9.1", {"SLURM_PROCID": "1", "OMP_NUM_THREADS": "3", "HOME": "/h"})
+    assert (launch_from_env(env), agent_from_env(env)) == (launch, agent)
+    assert (env["MMSCALE_ATTEMPT"], env["OMP_NUM_THREADS"], env["HOME"]) == ("9.1", "3", "/h")
+    assert int(rank_environment(launch, agent, "9.1", {})["OMP_NUM_THREADS"]) >= 1
+    alone = rank_environment(Launch(0, 0, 1, "127.0.0.1", 1, 1), agent, "9.1", {})
+    assert "OMP_NUM_THREADS" not in alone, "one process may take all CPUs"
+    assert agent_from_env({}) is None

@@ -19,8 +19,9 @@ from typing import NoReturn
 from urllib.parse import unquote, urljoin, urlsplit, urlunsplit
 
 from mmscale.errors import DataError
+from mmscale.redact import bare_url
 from mmscale.streaming.storage.source import Range, read_coalesced, retry
-from mmscale.streaming.storage.urls import HTTP_SCHEMES, shown
+from mmscale.streaming.storage.urls import HTTP_SCHEMES
 
 TIMEOUT_S = 30.0
 THREADS = 8
@@ -66,7 +67,7 @@ class HttpClient:
             if answer.status not in _REDIRECTS:
                 return answer
             target = _redirected(url, target, answer.headers.get("Location", ""))
-        raise DataError(f"{shown(url)}: more than {_MAX_REDIRECTS} redirects; give the address that they lead to")
+        raise DataError(f"{bare_url(url)}: more than {_MAX_REDIRECTS} redirects; give the address that they lead to")
 
     def _request(self, url: str, first_url: str, byte_range: Range | None, max_bytes: int) -> _Answer:
         parts = urlsplit(url)
@@ -82,7 +83,7 @@ class HttpClient:
             connection, is_new = (idle.pop(), False) if idle else (_connect(url), True)
             try:
                 connection.request("GET", target, headers=headers)
-                answer, is_kept = _receive(connection, max_bytes, shown(url))
+                answer, is_kept = _receive(connection, max_bytes, bare_url(url))
             except (http.client.HTTPException, OSError) as e:
                 connection.close()
                 if is_new:
@@ -140,7 +141,9 @@ def _redirected(first_url: str, url: str, location: str) -> str:
     target = urljoin(url, location)
     scheme = urlsplit(target).scheme.lower()
     if not location or scheme not in HTTP_SCHEMES or (urlsplit(url).scheme.lower(), scheme) == ("https", "http"):
-        raise DataError(f"{shown(first_url)}: a redirect to {shown(target)!r} is not followed; give the final address")
+        raise DataError(
+            f"{bare_url(first_url)}: a redirect to {bare_url(target)!r} is not followed; give the final address"
+        )
     return target
 
 
@@ -166,13 +169,13 @@ class HttpFile:
     def identity(self) -> str:
         """Address, size and version."""
         size, version = self._known()
-        return f"{shown(self.url)}|{size}|{version}"
+        return f"{bare_url(self.url)}|{size}|{version}"
 
     def read(self, offset: int, size: int) -> bytes:
         """Exactly `size` bytes from `offset` on. Raises DataError: gone, changed, or still failing after the last try."""
         if not size:
             return b""
-        return retry(lambda: self._fetch(offset, size), f"{shown(self.url)}: offset {offset}")
+        return retry(lambda: self._fetch(offset, size), f"{bare_url(self.url)}: offset {offset}")
 
     def read_many(self, ranges: Sequence[Range]) -> list[bytes]:
         """The bytes of each range in the order asked for, near neighbours in one request, several requests at a time."""
@@ -195,20 +198,20 @@ class HttpFile:
         if match is None or (int(match[1]), int(match[2])) != (offset, offset + size - 1) or len(answer.body) != size:
             found = f"Content-Range {answer.headers.get('Content-Range')!r} and {len(answer.body)} bytes"
             raise DataError(
-                f"{shown(self.url)}: asked for {size} bytes at offset {offset}, found {found}; the server is not usable"
+                f"{bare_url(self.url)}: asked for {size} bytes at offset {offset}, found {found}; the server is not usable"
             )
         version = int(match[3]), answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
         with self._lock:
             known = self._version = self._version or version
         if version != known:
             raise DataError(
-                f"{shown(self.url)}: expected size and version {known}, found {version}; the object changed while it was read: "
+                f"{bare_url(self.url)}: expected size and version {known}, found {version}; the object changed while it was read: "
                 "restore it, or start again with the new one"
             )
         return answer.body
 
     def _refuse(self, offset: int, answer: _Answer) -> NoReturn:
-        where = f"{shown(self.url)}: offset {offset}"
+        where = f"{bare_url(self.url)}: offset {offset}"
         if answer.status == 200:
             raise DataError(f"{where}: the server ignores `Range`; use one that serves ranges, or copy the data")
         raise DataError(
@@ -218,9 +221,9 @@ class HttpFile:
 
 def http_get(url: str, client: HttpClient, max_bytes: int) -> bytes:
     """A whole small object. Raises DataError: missing, larger than `max_bytes`, or still failing after the last try."""
-    answer = retry(lambda: client.get(url, None, max_bytes), shown(url))
+    answer = retry(lambda: client.get(url, None, max_bytes), bare_url(url))
     if answer.status != 200:
         raise DataError(
-            f"{shown(url)}: expected the file (200), the server answers {answer.status}; check address and access"
+            f"{bare_url(url)}: expected the file (200), the server answers {answer.status}; check address and access"
         )
     return answer.body

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from mmscale.errors import DataError, MissingExtraError
+from mmscale.redact import bare_url
 from mmscale.streaming.storage.source import Range, read_coalesced, retry
-from mmscale.streaming.storage.urls import shown
 
 T = TypeVar("T")
 
@@ -40,7 +40,7 @@ class FsspecClient:
         try:
             return getattr(filesystem, method)(filesystem._strip_protocol(url), **options)
         except _FINAL as e:
-            raise DataError(f"{shown(url)}: {type(e).__name__}: {e}; check address and access") from e
+            raise DataError(f"{bare_url(url)}: {type(e).__name__}: {e}; check address and access") from e
         except _foreign_errors() as e:
             raise OSError(f"{type(e).__name__}: {e}") from e
 
@@ -76,7 +76,7 @@ class FsspecFile:
     def identity(self) -> str:
         """Address, size and what the store says of the version."""
         size, version = self._known()
-        return f"{shown(self.url)}|{size}|{version}"
+        return f"{bare_url(self.url)}|{size}|{version}"
 
     def read(self, offset: int, size: int) -> bytes:
         """Exactly `size` bytes from `offset` on. Raises DataError: gone, shorter, or still failing after the last try."""
@@ -84,7 +84,7 @@ class FsspecFile:
         if len(data) != size:
             found = f"expected {size} bytes at offset {offset}, found {len(data)}"
             raise DataError(
-                f"{shown(self.url)}: {found}; the object is not the indexed one: restore it and start again"
+                f"{bare_url(self.url)}: {found}; the object is not the indexed one: restore it and start again"
             )
         return data
 
@@ -105,7 +105,7 @@ class FsspecFile:
         return self._version
 
     def _retry(self, action: Callable[[], T]) -> T:
-        return retry(action, shown(self.url))
+        return retry(action, bare_url(self.url))
 
 
 def fsspec_get(url: str, client: FsspecClient, max_bytes: int) -> bytes:
@@ -113,6 +113,6 @@ def fsspec_get(url: str, client: FsspecClient, max_bytes: int) -> bytes:
     file = FsspecFile(url, client)
     if file.size() > max_bytes:
         raise DataError(
-            f"{shown(url)}: expected at most {max_bytes} bytes, found {file.size()}; it is not what its name says"
+            f"{bare_url(url)}: expected at most {max_bytes} bytes, found {file.size()}; it is not what its name says"
         )
     return file.read(0, file.size())

@@ -1,4 +1,4 @@
-"""Addresses of data: which are local paths, which are URLs that we read, and how they are joined and shown."""
+"""Addresses of data: which are local paths, which are URLs that we read, and how they are joined."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from mmscale.errors import RefusedInputError
+from mmscale.redact import bare_url
 
 HTTP_SCHEMES = ("http", "https")
 
@@ -49,7 +50,7 @@ def is_url(text: str) -> bool:
     if match[2] == "//" and scheme in (*HTTP_SCHEMES, *FSSPEC_SCHEMES) and "::" not in text:
         return True
     raise RefusedInputError(
-        f"{shown(text)!r}: expected a local path or a URL of {', '.join((*HTTP_SCHEMES, *FSSPEC_SCHEMES))}, found "
+        f"{bare_url(text)!r}: expected a local path or a URL of {', '.join((*HTTP_SCHEMES, *FSSPEC_SCHEMES))}, found "
         f"'{match[0]}'; nothing was opened: give a path or one of these"
     )
 
@@ -95,11 +96,3 @@ def join_url(url: str, name: str) -> str:
     if parts.scheme.lower() in HTTP_SCHEMES:
         name = quote(name)
     return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
-
-
-def shown(url: str) -> str:
-    """A URL as it may be logged: without password and query, which may hold secrets."""
-    if "://" not in url:
-        return url
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))

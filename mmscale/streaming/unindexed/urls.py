@@ -10,7 +10,8 @@ from urllib.parse import urlsplit
 
 from mmscale.config.schema import SourceConfig
 from mmscale.errors import ConfigError, RefusedInputError
-from mmscale.streaming.storage.urls import HTTP_SCHEMES, expand_braces, join_root, shown
+from mmscale.redact import bare_url
+from mmscale.streaming.storage.urls import HTTP_SCHEMES, expand_braces, join_root
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst")
 MAX_SHARDS = 100_000
@@ -48,7 +49,7 @@ def list_shards(name: str, source: SourceConfig, root: str) -> tuple[ShardUrl, .
     for number, text in enumerate(_braces(name, source.path)):
         shards += _command(name, number, text, source) if text.startswith(_COMMAND) else _files(name, text, root)
     if not shards:
-        raise RefusedInputError(f"data.sources.{name}.path={shown(source.path)}: expected shards, found none")
+        raise RefusedInputError(f"data.sources.{name}.path={bare_url(source.path)}: expected shards, found none")
     _refuse_twice(name, shards)
     return _distinct(shards)
 
@@ -57,7 +58,7 @@ def _braces(name: str, path: str) -> list[str]:
     try:
         return expand_braces(path, MAX_SHARDS)
     except ValueError as error:
-        raise ConfigError(f"data.sources.{name}.path={shown(path)!r}: {error}; correct its braces") from None
+        raise ConfigError(f"data.sources.{name}.path={bare_url(path)!r}: {error}; correct its braces") from None
 
 
 def _command(name: str, number: int, text: str, source: SourceConfig) -> list[ShardUrl]:
@@ -75,10 +76,10 @@ def _files(name: str, text: str, root: str) -> list[ShardUrl]:
         parts = urlsplit(place)
         if parts.scheme.lower() not in HTTP_SCHEMES:
             raise RefusedInputError(
-                f"data.sources.{name}.path={shown(place)}: stream mode reads local files, http and https; nothing was opened: "
+                f"data.sources.{name}.path={bare_url(place)}: stream mode reads local files, http and https; nothing was opened: "
                 f"index the shards (mmscale-data index) and leave out `mode: stream`"
             )
-        return [ShardUrl(place, shown(place))]
+        return [ShardUrl(place, bare_url(place))]
     return [ShardUrl(str(path.absolute()), _local_name(path, root)) for path in _local(name, place)]
 
 
