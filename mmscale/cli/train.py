@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 def run(config_path: str, overrides: list[str]) -> None:
     """Trains, or goes on where the run directory's newest verified checkpoint stands."""
     stop = StopFlag().install()  # before torch: an early signal must not be lost
-    tie_to_agent(agent_from_env())
+    agent = agent_from_env()
+    tie_to_agent(agent)
     from mmscale import logging
     from mmscale.config.env import job_limits_from_env, launch_from_env, set_env_default
     from mmscale.config.load import load_config
@@ -29,7 +30,7 @@ def run(config_path: str, overrides: list[str]) -> None:
     launch = launch_from_env()
     logging.setup(launch.rank)
     config = load_config(config_path, overrides)
-    job = Job.of(config, stop, job_limits_from_env())
+    job = Job.of(config, stop, job_limits_from_env(), agent)
     try:
         with job.attempt.recording(launch.rank):
             _train(config, launch, job)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mmscale.errors import MmscaleError
-from mmscale.train.attempt import ATTEMPTS, DO_NOT_RESTART, OWNER, first_cause, read_json, read_owner, write_json
+from mmscale.train.attempt import ATTEMPTS, DO_NOT_RESTART, OWNER, first_cause, read_owner, read_record, write_json
 from mmscale.train.manifest import read_manifest
 
 MAX_ATTEMPTS = 3
@@ -53,7 +53,7 @@ def decide(run_dir: Path, token: str, restarts: int, state: str = "RUNNING", sig
     if state not in ("RUNNING", "TIMEOUT"):
         return Decision("stopped", f"the job was cancelled, or ended by SLURM without a requeue (state {state})")
     own = _read(run_dir, token, "end")
-    if own.get("outcome") in FINAL:
+    if _is_final(run_dir, token, own.get("outcome")):
         return Decision("give_up", str(own.get("reason") or FINAL[own["outcome"]]))
     failures = _failures(run_dir, token, signal)
     if len(failures) >= MAX_ATTEMPTS:
@@ -82,7 +82,7 @@ def newest_step(run_dir: Path, token: str) -> int:
 
 def bad_nodes(run_dir: Path) -> dict[str, dict[str, Any]]:
     """Nodes on which a health check of this run has failed: node -> reason, token and time."""
-    return dict(read_json(run_dir / "bad_nodes.json") or {})
+    return read_record(run_dir / "bad_nodes.json")
 
 
 def record(run_dir: Path, token: str, decision: Decision, rc: int, signal: str | None) -> None:
@@ -97,28 +97,37 @@ def record(run_dir: Path, token: str, decision: Decision, rc: int, signal: str |
         return
     nodes = bad_nodes(run_dir)
     for path in sorted(folder.glob("health-*.json")):
-        report = read_json(path) or {}
+        report = read_record(path)
         if report.get("problems"):
             nodes[report["node"]] = {"reason": "; ".join(report["problems"]), "token": token, "at": at}
     if nodes:
         write_json(run_dir / "bad_nodes.json", nodes)
-    if decision.word == "give_up":
-        submission = _read(run_dir, token, "job").get("submission")
+    submission = _read(run_dir, token, "job").get("submission")
+    if decision.word == "give_up" and not _is_another_run(run_dir, token, submission):
         write_json(
             run_dir / DO_NOT_RESTART, {"reason": decision.reason, "token": token, "submission": submission, "at": at}
         )
+
+
+def _is_final(run_dir: Path, token: str, outcome: str | None) -> bool:
+    """Whether another start would only repeat this end.
+
+    An input that an earlier attempt of the submission has accepted may be refused for a while, when a disk is away: that is a failure
+    like any other.
+    """
+    if outcome != "refused":
+        return outcome in FINAL
+    return not any(_read(run_dir, one, "start") for one in _attempts(run_dir, token))
 
 
 def _is_taken_over(run_dir: Path, token: str) -> bool:
     """Whether an attempt that started after `token` owns the run."""
     if read_owner(run_dir) in (None, token):
         return False
+    # `token` may have been killed before it wrote OWNER, which then names the attempt before it. All times are of one file system.
     folder = run_dir / ATTEMPTS / token
-    if (folder / "claim.json").exists():
-        return True
-    # `token` never got to claim, so OWNER may name the attempt before it. Both times are of the same file system.
-    job = folder / "job.json"
-    return job.exists() and (run_dir / OWNER).stat().st_mtime > job.stat().st_mtime
+    began = [path.stat().st_mtime for name in ("claim", "job") if (path := folder / f"{name}.json").exists()]
+    return bool(began) and (run_dir / OWNER).stat().st_mtime >= max(began)
 
 
 def _failures(run_dir: Path, token: str, signal: str | None) -> list[str]:
@@ -137,9 +146,17 @@ def _failures(run_dir: Path, token: str, signal: str | None) -> list[str]:
     return reasons
 
 
+def _is_another_run(run_dir: Path, token: str, submission: str | None) -> bool:
+    """Whether the directory belongs to another submission, and `token` never had it: what stops it does not stop the other."""
+    owner = read_owner(run_dir)
+    if owner is None or (run_dir / ATTEMPTS / token / "claim.json").exists():
+        return False
+    return _read(run_dir, owner, "job").get("submission") != submission
+
+
 def _attempts(run_dir: Path, token: str) -> list[str]:
     """The tokens of the same submission up to `token`, in order of their start."""
-    jobs = {path.parent.name: read_json(path) or {} for path in (run_dir / ATTEMPTS).glob("*/job.json")}
+    jobs = {path.parent.name: read_record(path) for path in (run_dir / ATTEMPTS).glob("*/job.json")}
     own = jobs.get(token, {})
     same = [one for one, job in jobs.items() if job.get("submission") == own.get("submission")]
     order = sorted(same, key=lambda one: (jobs[one].get("started_at") or 0, jobs[one].get("restarts") or 0))
@@ -149,14 +166,20 @@ def _attempts(run_dir: Path, token: str) -> list[str]:
 def _was_stopped(run_dir: Path, token: str, asked: str | None) -> bool:
     """Whether an attempt without a new checkpoint ended because others wanted its nodes, so that it is not to blame.
 
-    An attempt that comes to its time limit (USR1) without one is: however often it starts, it would not get further.
+    An attempt that comes to its time limit (USR1, or the trainer's own clock) without one is: however often it starts, it would not get
+    further.
     A crash on one node makes SLURM send SIGTERM to the others, so the agents' signals count only when every node got one.
     """
     outcome = _read(run_dir, token, "end").get("outcome")
-    if asked == "USR1" or outcome is not None:
-        return asked != "USR1" and outcome in ("stopped", "done", "fenced")
+    num_signalled = len(list((run_dir / ATTEMPTS / token).glob("signal-*.json")))
+    if asked == "USR1":
+        return False
+    if outcome == "stopped":  # without a signal it was the trainer's own look at the clock
+        return asked == "TERM" or num_signalled > 0
+    if outcome is not None:
+        return outcome in ("done", "fenced")
     nodes = _read(run_dir, token, "job").get("nodes") or []
-    return asked == "TERM" or 0 < len(nodes) <= len(list((run_dir / ATTEMPTS / token).glob("signal-*.json")))
+    return asked == "TERM" or 0 < len(nodes) <= num_signalled
 
 
 def _what_happened(run_dir: Path, token: str, asked: str | None) -> str:
@@ -164,16 +187,16 @@ def _what_happened(run_dir: Path, token: str, asked: str | None) -> str:
     folder = run_dir / ATTEMPTS / token
     end, start = _read(run_dir, token, "end"), _read(run_dir, token, "start")
     for path in sorted(folder.glob("hang-*.json")):
-        slowest = (read_json(path) or {}).get("slowest") or {}
+        slowest = read_record(path).get("slowest") or {}
         return f"hung in rank {slowest.get('rank')}, phase {slowest.get('phase')}, step {slowest.get('step')}"
     for path in sorted(folder.glob("health-*.json")):
-        report = read_json(path) or {}
+        report = read_record(path)
         if report.get("problems"):
             return f"found node {report.get('node')} unfit: {'; '.join(report['problems'])}"
-    cause = first_cause(read_json(path) or {} for path in folder.glob("error-*.json"))
-    if cause is not None or end.get("outcome") == "failed":
+    cause = first_cause(read_record(path) for path in folder.glob("error-*.json"))
+    if cause is not None or end.get("outcome") in ("failed", "refused"):
         return cause or str(end.get("reason"))
-    if asked == "USR1":
+    if asked == "USR1" or end.get("outcome") == "stopped":
         return "came to its time limit before it had a new checkpoint; give the job more time"
     return (
         f"was killed after it went on from step {start.get('base_step')}; see its log"
@@ -193,7 +216,7 @@ def _checkpoint_step(path: Path, token: str) -> int:
 
 
 def _read(run_dir: Path, token: str, name: str) -> dict[str, Any]:
-    return read_json(run_dir / ATTEMPTS / token / f"{name}.json") or {}
+    return read_record(run_dir / ATTEMPTS / token / f"{name}.json")
 
 
 def main(arguments: list[str] | None = None) -> None:

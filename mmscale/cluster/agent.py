@@ -25,7 +25,7 @@ from mmscale.config.env import AgentLink, Launch, node_name_from_env, rank_envir
 from mmscale.config.schema import Config
 from mmscale.logging import get_logger
 from mmscale.train.attempt import ATTEMPTS, read_json, record_error, write_json, write_text
-from mmscale.train.heartbeat import Beat, beat_path, read_beat
+from mmscale.train.heartbeat import RECORD_BYTES, Beat, parse_beat
 from mmscale.train.signals import STACKS_SIGNAL, STOP_SIGNALS
 
 log = get_logger(__name__)
@@ -39,6 +39,9 @@ SPREAD_S = 2.0
 """From the discovery of a hang to the end of the ranks: the agents of the other nodes look once a second and take their stacks too."""
 
 STACKS_S = 1.0
+CONSEQUENCES = (signal.SIGABRT, signal.SIGTERM)
+"""How ranks end because another one has: libraries abort their process when a collective fails, SLURM ends all tasks of the step."""
+
 KILL_S = 10.0
 """A killed process that does not go for so long hangs in the kernel and is left to it."""
 
@@ -66,14 +69,15 @@ class Rank:
         """Starts `mmscale train` with `arguments`."""
         self.number = node.rank * node.ranks_per_node + local_rank
         self.stacks = os.memfd_create(f"stacks of rank {self.number}")
+        self._beats = os.memfd_create(f"heartbeat of rank {self.number}")
         launch = Launch(
             self.number, local_rank, node.world_size, node.master_addr, node.master_port, node.ranks_per_node
         )
         self.started = time.time()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "mmscale", "train", *arguments],
-            env=rank_environment(launch, AgentLink(os.getpid(), self.stacks), attempt),
-            pass_fds=[self.stacks],
+            env=rank_environment(launch, AgentLink(os.getpid(), self.stacks, self._beats), attempt),
+            pass_fds=[self.stacks, self._beats],
             process_group=0,  # a terminal's Ctrl-C comes to the agent alone, which hands it on
         )
         self.beat: Beat | None = None
@@ -84,20 +88,18 @@ class Rank:
 
     @property
     def was_killed(self) -> bool:
-        """True when something else has ended it; SIGABRT is how a library ends its own process when a collective fails."""
+        """True when it was ended by a signal that is no consequence of another rank's end."""
         code = self.process.returncode
-        return code is not None and code < 0 and -code != signal.SIGABRT
+        return code is not None and code < 0 and -code not in CONSEQUENCES
 
     @property
     def in_setup(self) -> bool:
         """True while the rank has nothing to save."""
         return self.beat is None or self.beat.phase == "setup"
 
-    def look(self, folder: Path) -> None:
-        """Reads the rank's heartbeat; one that another attempt has written is passed over."""
-        beat = read_beat(beat_path(folder, self.number))
-        if beat is not None and beat.pid == self.process.pid and beat.at >= self.started - 1:
-            self.beat = beat
+    def look(self) -> None:
+        """Reads the rank's heartbeat."""
+        self.beat = parse_beat(os.pread(self._beats, RECORD_BYTES, 0)) or self.beat
 
     def beat_or(self, setup_limit_s: float) -> Beat:
         """What the rank said last; before its first word, that it starts up."""
@@ -155,7 +157,8 @@ class Agent:
         looked = 0.0
         while True:
             received = signal.sigtimedwait(STOP_SIGNALS, POLL_S)
-            if received is not None and self._hand_on(received.si_signo):
+            # a process that was frozen and wakes up may be told of a signal of number 0
+            if received is not None and received.si_signo in STOP_SIGNALS and self._hand_on(received.si_signo):
                 return 0
             codes = [rank.process.poll() for rank in self._ranks]
             if any(codes):
@@ -205,7 +208,7 @@ class Agent:
 
     def _look(self) -> None:
         for rank in self._ranks:
-            rank.look(self._run)
+            rank.look()
 
     def _find_hang(self) -> Hang | None:
         """The rank that holds up the run, as this agent or that of another node sees it."""

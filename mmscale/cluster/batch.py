@@ -18,8 +18,8 @@ from typing import Literal, cast, get_args
 from mmscale.cluster.after import bad_nodes
 from mmscale.cluster.site import Site
 from mmscale.cluster.times import check_lead
-from mmscale.errors import ConfigError, MmscaleError
-from mmscale.train.attempt import ATTEMPTS, DO_NOT_RESTART, read_json, write_json
+from mmscale.errors import ConfigError, MmscaleError, RefusedInputError
+from mmscale.train.attempt import ATTEMPTS, DO_NOT_RESTART, read_record, write_json
 
 Kind = Literal["pretrain", "sft", "eval", "consolidate"]
 Mode = Literal["requeue", "chain"]
@@ -166,7 +166,7 @@ def refuse_other_mode(run_dir: Path, mode: Mode, submission: str, queue: Sequenc
     """
     waiting = {word for line in queue for word in line.split(maxsplit=1)}
     for path in sorted((run_dir / ATTEMPTS).glob("*/job.json")):
-        job = read_json(path) or {}
+        job = read_record(path)
         if job.get("mode") == mode or job.get("submission") == submission:
             continue
         if job.get("submission") in waiting:
@@ -182,50 +182,58 @@ def refuse_other_mode(run_dir: Path, mode: Mode, submission: str, queue: Sequenc
             )
 
 
-def start_attempt(run_dir: Path, token: str, mode: Mode, submission: str, lead_s: float, nodes: Sequence[str],
-                  job_line: str, queue: Sequence[str]) -> str:  # fmt: skip
+def start_attempt(run_dir: Path, steps: int, token: str, mode: Mode, submission: str, lead_s: float, nodes: Sequence[str],
+                  told: Sequence[str]) -> str:  # fmt: skip
     """One word and the reason for the batch script: `go`, `done` or `stop`. On `go`, job.json of the attempt is written.
 
     Args:
+        steps: `train.steps`; a run that is done with fewer goes on.
         token: `<job id>.<restart count>`.
         submission: the job id, or the name of the chain.
         nodes: names of the attempt's nodes.
-        job_line: `scontrol show job --oneliner`, times in unix seconds.
-        queue: as in `refuse_other_mode`.
+        told: by SLURM: the line of `scontrol show job --oneliner`, times in unix seconds, then the queue as in `refuse_other_mode`.
 
     Raises:
         ConfigError: jobs of the other mode are working here, or the time limit is shorter than the lead.
+        RefusedInputError: the run directory cannot be written.
     """
-    if (run_dir / "DONE").exists():
+    done = read_record(run_dir / "DONE").get("step")
+    is_outdated = isinstance(done, int) and done < steps
+    if (run_dir / "DONE").exists() and not is_outdated:
         return "done the run is finished"
+    job_line, *queue = told
     refuse_other_mode(run_dir, mode, submission, queue)
-    barrier = read_json(run_dir / DO_NOT_RESTART)
-    if barrier is not None and barrier.get("submission") == submission:
+    barrier = read_record(run_dir / DO_NOT_RESTART)
+    if barrier.get("submission") == submission:
         reason = " ".join(str(barrier.get("reason")).split())
         return f"stop this run was given up: {reason}; mend it, then remove {run_dir / DO_NOT_RESTART} or submit anew"
     job = fields_of(job_line)
     start, end = _time(job.get("StartTime")), _time(job.get("EndTime"))
     if start is not None and end is not None:
         check_lead(end - start, lead_s, f"job {token.partition('.')[0]}")
-    if not _is_known(run_dir, submission):
-        # a person has submitted the run again, so what stood against going on has been looked at
-        (run_dir / DO_NOT_RESTART).unlink(missing_ok=True)
-        (run_dir / "bad_nodes.json").unlink(missing_ok=True)
     job_id, _, restarts = token.partition(".")
-    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    write_json(
-        run_dir / ATTEMPTS / token / "job.json",
-        {
-            "job": job_id, "restarts": int(restarts), "name": job.get("JobName", ""), "nodes": list(nodes),
-            "submitted_at": _time(job.get("SubmitTime")), "eligible_at": _time(job.get("EligibleTime")),
-            "started_at": start or time.time(), "ends_at": end, "lead_s": lead_s, "mode": mode, "submission": submission,
-        },
-    )  # fmt: skip
+    record = {
+        "job": job_id, "restarts": int(restarts), "name": job.get("JobName", ""), "nodes": list(nodes),
+        "submitted_at": _time(job.get("SubmitTime")), "eligible_at": _time(job.get("EligibleTime")),
+        "started_at": start or time.time(), "ends_at": end, "lead_s": lead_s, "mode": mode, "submission": submission,
+    }  # fmt: skip
+    try:
+        if not _is_known(run_dir, submission):
+            # a person has submitted the run again, so what stood against going on has been looked at
+            (run_dir / DO_NOT_RESTART).unlink(missing_ok=True)
+            (run_dir / "bad_nodes.json").unlink(missing_ok=True)
+        (run_dir / "DONE").unlink(missing_ok=True)  # the end of this attempt must not be judged by it
+        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        write_json(run_dir / ATTEMPTS / token / "job.json", record)
+    except OSError as error:
+        raise RefusedInputError(
+            f"cannot write the run directory {run_dir}: {error.strerror}; make room there or fix the permissions, and submit again"
+        ) from error
     return f"go attempt {token} of {mode} {submission}"
 
 
 def _is_known(run_dir: Path, submission: str) -> bool:
-    jobs = (read_json(path) or {} for path in (run_dir / ATTEMPTS).glob("*/job.json"))
+    jobs = (read_record(path) for path in (run_dir / ATTEMPTS).glob("*/job.json"))
     return any(job.get("submission") == submission for job in jobs)
 
 
@@ -233,10 +241,11 @@ def _time(text: str | None) -> float | None:
     return float(text) if text is not None and text.isdecimal() else None
 
 
-def _run_dir(config: str, overrides: Sequence[str]) -> str:
+def _steps_and_folder(config: str, overrides: Sequence[str]) -> str:
     from mmscale.config.load import load_config  # it needs pydantic; the other questions do not
 
-    return load_config(config, overrides).run.dir
+    loaded = load_config(config, overrides)
+    return f"{loaded.train.steps} {loaded.run.dir}"
 
 
 def _render(folder: Path) -> None:
@@ -248,23 +257,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Answers one question of a batch script."""
     parser = argparse.ArgumentParser(prog="python -m mmscale.cluster.batch", description="Questions of batch scripts.")
     questions = parser.add_subparsers(dest="question", required=True)
-    run_dir = questions.add_parser("run-dir", help="the run directory of a config")
-    run_dir.add_argument("config")
-    run_dir.add_argument("overrides", nargs="*")
+    run = questions.add_parser("run", help="train.steps and the run directory of a config")
+    run.add_argument("config")
+    run.add_argument("overrides", nargs="*")
     start = questions.add_parser("start", help="may this attempt go on? the job's line and the queue come on stdin")
     start.add_argument("run", type=Path)
     for name in ("token", "mode", "submission", "nodes"):
         start.add_argument(f"--{name}", required=True)
+    start.add_argument("--steps", type=int, required=True)
     start.add_argument("--lead", type=float, required=True)
     questions.add_parser("bad-nodes", help="nodes to avoid").add_argument("run", type=Path)
     questions.add_parser("render", help="write the scripts of slurm/ again").add_argument("folder", type=Path)
     given = parser.parse_args(arguments)
-    if given.question == "run-dir":
-        answer = _run_dir(given.config, given.overrides)
+    if given.question == "run":
+        answer = _steps_and_folder(given.config, given.overrides)
     elif given.question == "start":
-        job_line, *queue = sys.stdin.read().splitlines()
         answer = start_attempt(
-            given.run, given.token, cast(Mode, given.mode), given.submission, given.lead, given.nodes.split(","), job_line, queue
+            given.run, given.steps, given.token, cast(Mode, given.mode), given.submission, given.lead, given.nodes.split(","),
+            sys.stdin.read().splitlines(),
         )  # fmt: skip
     elif given.question == "bad-nodes":
         answer = ",".join(sorted(bad_nodes(given.run)))

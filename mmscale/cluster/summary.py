@@ -185,7 +185,7 @@ def _ending(record: AttemptRecord) -> tuple[str, str]:
         return "bad node", "; ".join(record.problems)
     if record.signals:
         return "killed", f"after {', '.join(record.signals)}, before it could say how it ended"
-    return "killed", record.decision_reason or "no trace of why"
+    return "killed", record.reason or record.decision_reason or "no trace of why"
 
 
 def _last_error(history: History) -> str:
@@ -230,7 +230,7 @@ def _advice(history: History, state: str, jobs: Sequence[QueuedJob]) -> str:
     if state == "new" or newest is None:
         return f"no attempt has started yet; start it with: {again}"
     if state == "killed":
-        return f"killed without a trace; look at {_log_of(run, newest)}, then go on from step {history.checkpoint_step} with: {again}"
+        return f"it was killed; look at {_log_of(run, newest)}, then go on from step {history.checkpoint_step} with: {again}"
     cause = " ".join(_ending(newest)[1].split())
     return f"mend the cause ({cause}; see {_log_of(run, newest)}), then go on from step {history.checkpoint_step} with: {again}"
 

@@ -26,7 +26,7 @@ VARIABLES: dict[str, str] = {
     "MMSCALE_END_TIME": "Job script: unix seconds at which the job is ended; the run saves and stops before.",
     "MMSCALE_LEAD_S": "Job script: seconds before its end at which the job is sent SIGUSR1.",
     "MMSCALE_KILL_WAIT_S": "Job script: seconds from SIGTERM to SIGKILL (SLURM's KillWait).",
-    "MMSCALE_AGENT": "`mmscale launch`: its process, and the file descriptor for stacks, for the ranks that it starts.",
+    "MMSCALE_AGENT": "`mmscale launch`: its process, and the file descriptors for stacks and heartbeats, for the ranks that it starts.",
     "SLURMD_NODENAME": "SLURM: name of this node, by which a bad one is excluded.",
     "OMP_NUM_THREADS": "`mmscale launch`: CPU threads per process; by default the node's CPUs are divided among its processes.",
     "SLURM_RESTART_COUNT": "SLURM: restarts of the job; `mmscale submit` keeps that of a surrounding job from the new one.",
@@ -125,16 +125,22 @@ def site_file_from_env(env: Mapping[str, str] | None = None) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class AgentLink:
-    """The agent that started this process, and the file descriptor on which it expects stacks."""
+    """The agent that started this process, and the file descriptors on which it expects stacks and heartbeats.
+
+    They are memory of the node, so the agent sees its ranks also when the run directory cannot be written.
+    """
 
     pid: int
     stacks_fd: int
+    beat_fd: int
 
 
 def agent_from_env(env: Mapping[str, str] | None = None) -> AgentLink | None:
     """The agent that started this process; None when something else did."""
-    pid, _, stacks_fd = (os.environ if env is None else env).get("MMSCALE_AGENT", "").partition(",")
-    return AgentLink(int(pid), int(stacks_fd)) if pid.isdecimal() and stacks_fd.isdecimal() else None
+    numbers = (os.environ if env is None else env).get("MMSCALE_AGENT", "").split(",")
+    if len(numbers) != 3 or not all(number.isdecimal() for number in numbers):
+        return None
+    return AgentLink(*map(int, numbers))
 
 
 def node_name_from_env(env: Mapping[str, str] | None = None) -> str | None:
@@ -156,8 +162,7 @@ def rank_environment(
     return variables | {
         "RANK": str(launch.rank), "WORLD_SIZE": str(launch.world_size), "LOCAL_RANK": str(launch.local_rank),
         "LOCAL_WORLD_SIZE": str(launch.ranks_per_node), "MASTER_ADDR": str(launch.master_addr),
-        "MASTER_PORT": str(launch.master_port), "MMSCALE_AGENT": f"{agent.pid},{agent.stacks_fd}",
-        "MMSCALE_ATTEMPT": attempt,
+        "MASTER_PORT": str(launch.master_port), "MMSCALE_AGENT": f"{agent.pid},{agent.stacks_fd},{agent.beat_fd}", "MMSCALE_ATTEMPT": attempt,
     }  # fmt: skip
 
 

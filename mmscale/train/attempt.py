@@ -23,7 +23,10 @@ from typing import Any
 
 import mmscale
 from mmscale.errors import CheckpointError, DivergedError, FencedError, MmscaleError, RefusedInputError
+from mmscale.logging import get_logger
 from mmscale.redact import redact_values
+
+log = get_logger(__name__)
 
 OWNER = "OWNER"
 ATTEMPTS = "attempts"
@@ -49,6 +52,15 @@ def write_text(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def sync_folder(path: Path) -> None:
+    """Returns when the names in a folder are safe from a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a file; None when there is no such file. Raises CheckpointError when it cannot be read as one."""
     try:
@@ -66,10 +78,22 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return content
 
 
-def read_owner(folder: Path) -> str | None:
-    """The token of the attempt that owns a run directory; None when no attempt has started there."""
+def read_record(path: Path) -> dict[str, Any]:
+    """As `read_json`, for records that only tell of the past: empty when the file is missing or damaged, as others say enough."""
     try:
-        return (folder / OWNER).read_text(encoding="utf-8").strip() or None
+        return read_json(path) or {}
+    except CheckpointError:
+        return {}
+
+
+def read_owner(folder: Path) -> str | None:
+    """The token of the attempt that owns a run directory; None when no attempt has started there.
+
+    The file is opened, never asked for its time only: NFS answers that for up to a minute from memory, and asks its server at each
+    opening.
+    """
+    try:
+        return (folder / OWNER).read_text(encoding="utf-8", errors="replace").strip() or None
     except FileNotFoundError:
         return None
 
@@ -171,7 +195,6 @@ class Attempt:
         self.token: str | None = None
         self._wanted = wanted
         self._predecessor: str | None = None
-        self._stamp: _Stamp | None = None
 
     def claim(self) -> None:
         """Makes this attempt the owner of the directory, which is created; nothing when it is already.
@@ -189,6 +212,8 @@ class Attempt:
             self._predecessor = read_owner(self.folder)
             claim = {"token": token, "predecessor": self._predecessor, "at": time.time()}
             write_json(self._path(token) / "claim.json", claim)
+            for folder in (self._path(token), self.folder / ATTEMPTS):
+                sync_folder(folder)  # an owner without a record would break the chain of attempts for good
             write_text(self.folder / OWNER, token + "\n")
         except OSError as error:
             raise RefusedInputError(
@@ -200,11 +225,12 @@ class Attempt:
         """Records from which checkpoint the attempt goes on (0 = none).
 
         Only the first call counts: after a rollback the attempt goes on from a later checkpoint of its own, and those of its
-        predecessors still count only up to the first.
+        predecessors still count only up to the first. Raises FencedError when another attempt has taken over since.
         """
         assert self.token is not None, "an attempt claims first"
         if (self._path(self.token) / "start.json").exists():
             return
+        self.check_owner()
         record = {
             "token": self.token, "predecessor": self._predecessor, "base_step": base_step, "at": time.time(),
             "host": socket.gethostname(), "pid": os.getpid(), "world_size": world_size, "mmscale": mmscale.__version__,
@@ -219,7 +245,8 @@ class Attempt:
         token = self.token or self._wanted
         if token is not None and self._path(token).is_dir():
             record = {"outcome": outcome, "step": step, "reason": reason, "at": time.time()}
-            write_json(self._path(token) / "end.json", record)
+            with _logged(self._path(token)):
+                write_json(self._path(token) / "end.json", record)
 
     @contextmanager
     def recording(self, rank: int) -> Iterator[None]:
@@ -231,20 +258,20 @@ class Attempt:
             token = self.token or self._wanted
             if token is not None and self._path(token).is_dir():
                 cause = "named" if isinstance(error, MmscaleError) else "other"
-                record_error(self._path(token), rank, f"rank {rank}: {reason}", cause)
+                with _logged(self._path(token)):
+                    record_error(self._path(token), rank, f"rank {rank}: {reason}", cause)
             if rank == 0:
                 self.ended(_outcome(error), reason=reason)
             raise
 
     def is_fenced(self) -> bool:
-        """True when another attempt owns the directory now. Cost: one `stat` unless the file has changed."""
-        stamp = _stamp(self.folder / OWNER)
-        if stamp is not None and stamp == self._stamp:
-            return False
-        if read_owner(self.folder) != self.token:
-            return True
-        self._stamp = stamp
-        return False
+        """True when another attempt owns the directory now. Cost: reads one small file."""
+        return read_owner(self.folder) != self.token
+
+    def check_owner(self) -> None:
+        """Raises FencedError when another attempt owns the directory now."""
+        if self.is_fenced():
+            raise self.fence_error()
 
     def fence_error(self) -> FencedError:
         """What to raise once `is_fenced`."""
@@ -270,12 +297,10 @@ def _outcome(error: Exception) -> str:
     return "refused" if isinstance(error, MmscaleError) and error.exit_code == 2 else "failed"
 
 
-_Stamp = tuple[int, int, int]
-
-
-def _stamp(path: Path) -> _Stamp | None:
+@contextmanager
+def _logged(folder: Path) -> Iterator[None]:
+    """Lets a disk that refuses the record of an end hide neither the end nor its cause."""
     try:
-        found = path.stat()
-    except FileNotFoundError:
-        return None
-    return found.st_ino, found.st_mtime_ns, found.st_size
+        yield
+    except OSError as error:
+        log.error("%s: how the attempt ended cannot be written there: %s", folder, error, all_ranks=True)

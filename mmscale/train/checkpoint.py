@@ -13,24 +13,28 @@ import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 import mmscale
-from mmscale.errors import CheckpointError, FencedError, SaveError
+from mmscale.errors import CheckpointError, FencedError, MmscaleError, SaveError
 from mmscale.logging import get_logger
-from mmscale.parallel.comm import barrier, broadcast_object, gather_objects, on_main
+from mmscale.parallel.comm import all_gather_objects, broadcast_object, gather_objects, on_main
 from mmscale.parallel.engines.base import Engine
 from mmscale.parallel.mesh import Mesh
-from mmscale.train.attempt import Attempt, Lineage
+from mmscale.train.attempt import Attempt, Lineage, sync_folder
 from mmscale.train.checkpoint_folders import (
-    choose_checkpoint,
+    clear_left_overs,
     list_checkpoints,
+    look_at,
     mark_whole,
     problems_of,
     prune,
+    refuse_to_begin_again,
+    reject,
     set_aside,
 )
 from mmscale.train.checkpoint_reader import CheckpointReader, open_checkpoint
@@ -92,6 +96,7 @@ class CheckpointWriter:
         self._token = broadcast_object(mesh, token if attempt is None else attempt.token)
         self._snapshot, self._plan = Snapshot(), StatePlan(mesh, engine.state_names)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pruner = ThreadPoolExecutor(1, thread_name_prefix="prune")  # its own: no save waits for a long deletion
         self._save: _Save | None = None
         self._lineage: Lineage | None = None
         self._pruning: Future[None] | None = None
@@ -139,13 +144,16 @@ class CheckpointWriter:
         if not self._mesh.is_main:
             return
         if self._pruning is not None:
-            self._pruning.result()  # done before the last save was written; raises what was not foreseen
-        self._pruning = self._thread.submit(self._prune, keep_last, keep_every)
+            if not self._pruning.done():
+                return  # the next save prunes what has come together
+            self._pruning.result()  # raises what was not foreseen
+        self._pruning = self._pruner.submit(self._prune, keep_last, keep_every)
 
     def close(self) -> None:
         """Gives up what is under way, and waits for the thread, which may still be pruning. Needs no other rank."""
         self._snapshot.cancel()
         self._thread.shutdown()
+        self._pruner.shutdown()
         if self._save is not None and self._mesh.is_main:
             shutil.rmtree(self._tmp(self._save.step), ignore_errors=True)  # else the next start removes it
         self._save = None
@@ -202,10 +210,10 @@ class CheckpointWriter:
         files = {name: record for part in parts for name, record in part.files.items()}
         files |= {name: file_record(tmp / name) for name in (TRAINER, ".metadata")}
         _write_text(tmp / MANIFEST, manifest_text(save.step, self._token, files))
-        _fsync(tmp)
+        sync_folder(tmp)
         self._check_owner()
         os.rename(tmp, final)  # refuses when another attempt has put its own there
-        _fsync(self._root)
+        sync_folder(self._root)
         mark_whole(final)
         self._point_at(final)
         return Saved(final, sum(record["bytes"] for record in files.values()), max(part.seconds for part in parts))
@@ -240,9 +248,8 @@ class CheckpointWriter:
         return self._lineage
 
     def _check_owner(self) -> None:
-        if self._is_fenced():
-            assert self._attempt is not None, "an attempt is fenced"
-            raise self._attempt.fence_error()
+        if self._attempt is not None:
+            self._attempt.check_owner()
 
     def _is_fenced(self) -> bool:
         return self._attempt is not None and self._attempt.is_fenced()
@@ -297,11 +304,37 @@ def find_checkpoint(root: Path, mesh: Mesh, attempt: Attempt | None = None) -> C
         CheckpointError: on every rank, when checkpoints exist but none of them is whole.
         FencedError: on every rank, when another attempt has taken over.
 
-    Distributed: every rank calls it; rank 0 looks, all ranks open what it found.
+    Distributed: every rank calls it; each one hashes its share of the files, as one alone would take longer than others may wait.
     """
-    name = on_main(mesh, lambda: _on_disk(lambda: choose_checkpoint(root, attempt)))
-    barrier(mesh)
-    return None if name is None else open_checkpoint(root / name, verify=False)
+    for path in on_main(mesh, lambda: _on_disk(lambda: clear_left_overs(root, attempt))):
+        if _counts(path, mesh, attempt):
+            return open_checkpoint(path, verify=False)
+    on_main(mesh, lambda: refuse_to_begin_again(root))
+    return None
+
+
+def _counts(path: Path, mesh: Mesh, attempt: Attempt | None) -> bool:
+    """Whether a folder is whole and of this run; one that is not is set aside."""
+    problems, is_known = on_main(mesh, lambda: _on_disk(lambda: look_at(path, attempt)))
+    if not problems and not is_known:
+        problems = _hash_together(path, mesh)
+    work = partial(reject, path, problems, attempt) if problems else partial(mark_whole, path)
+    on_main(mesh, lambda: _on_disk(work))
+    return not problems
+
+
+def _hash_together(path: Path, mesh: Mesh) -> list[str]:
+    """As `verify_checkpoint`; every rank hashes some of the files."""
+    own: list[str] | MmscaleError
+    try:
+        own = verify_checkpoint(path, share=(mesh.rank, mesh.world_size))
+    except MmscaleError as error:
+        own = error
+    found = all_gather_objects(mesh, own)
+    for one in found:
+        if isinstance(one, MmscaleError):
+            raise one
+    return list(dict.fromkeys(problem for one in found if not isinstance(one, MmscaleError) for problem in one))
 
 
 def newest_checkpoint(root: Path) -> CheckpointReader:
@@ -349,11 +382,3 @@ def _write_text(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -9,6 +9,7 @@ checkpoints/
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 from collections.abc import Callable
@@ -46,32 +47,38 @@ def mark_whole(path: Path) -> None:
     _whole[path] = _stamp(path)
 
 
-def choose_checkpoint(root: Path, attempt: Attempt | None) -> str | None:
-    """The name of the newest whole folder that counts; None when no checkpoint was ever written.
-
-    Left-overs of interrupted saves are removed; folders that do not count are set aside.
-
-    Args:
-        attempt: the one that looks; None = every whole folder counts.
+def clear_left_overs(root: Path, attempt: Attempt | None) -> list[Path]:
+    """The checkpoint folders, the newest first; what interrupted saves have left is removed.
 
     Raises:
-        CheckpointError: the run has saved before, and none is whole.
         FencedError: another attempt owns the run, so nothing may be changed here.
     """
-    if not root.exists():
-        return None
-    lineage = None if attempt is None else attempt.lineage()
     for path in root.glob("*.tmp"):
         _check_owner(attempt)
         log.warning("removing %s, left over from an interrupted save", path)
         # an attempt that has not noticed yet that it lost the run may still write there; what stays is in nobody's way
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-    for path in list_checkpoints(root):
-        problems = problems_of(path, lineage)
-        if not problems:
-            return path.name
-        _check_owner(attempt)
-        set_aside(path, problems)
+    return list_checkpoints(root)
+
+
+def look_at(path: Path, attempt: Attempt | None) -> tuple[list[str], bool]:
+    """What is wrong with a folder as far as its manifest and the sizes of its files tell, and whether its content is known already.
+
+    Args:
+        attempt: the one that looks; None = every whole folder counts.
+    """
+    lineage = None if attempt is None else attempt.lineage()
+    return verify_checkpoint(path, lineage, hashes=False), _whole.get(path) == _stamp(path)
+
+
+def reject(path: Path, problems: list[str], attempt: Attempt | None) -> None:
+    """Sets a folder aside. Raises FencedError when another attempt owns the run."""
+    _check_owner(attempt)
+    set_aside(path, problems)
+
+
+def refuse_to_begin_again(root: Path) -> None:
+    """Raises CheckpointError when the run has saved before, as none of its checkpoints is whole."""
     rejected = sorted(path.name for path in root.glob(".bad-step_*"))
     if rejected or (root / "latest").exists():
         raise CheckpointError(
@@ -79,13 +86,12 @@ def choose_checkpoint(root: Path, attempt: Attempt | None) -> str | None:
             f"{', '.join(rejected) or 'none, the folders are gone'}); restore one from a backup, or move {root} away to "
             "start again from step 0"
         )
-    return None
 
 
 def set_aside(path: Path, problems: list[str]) -> None:
     """Renames a folder that does not count, so that its step can be saved again."""
-    number = len(list(path.parent.glob(f".bad-{path.name}-*")))
-    bad = path.with_name(f".bad-{path.name}-{number}")
+    names = (path.with_name(f".bad-{path.name}-{number}") for number in itertools.count())
+    bad = next(name for name in names if not name.exists())  # some may have been removed to make room
     os.rename(path, bad)
     log.error("checkpoint %s is rejected and renamed to %s: %s", path.name, bad.name, "; ".join(problems[:5]))
 
@@ -113,8 +119,8 @@ def prune(
 
 
 def _check_owner(attempt: Attempt | None) -> None:
-    if attempt is not None and attempt.is_fenced():
-        raise attempt.fence_error()
+    if attempt is not None:
+        attempt.check_owner()
 
 
 def _stamp(path: Path) -> _Stamp:

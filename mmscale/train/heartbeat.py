@@ -15,7 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from mmscale.config.env import AgentLink
 from mmscale.config.schema import WatchConfig
+from mmscale.logging import get_logger
+
+log = get_logger(__name__)
 
 FOLDER = "heartbeats"
 RECORD_BYTES = 256
@@ -71,15 +75,18 @@ class Limits:
 class Heartbeat:
     """Says in which phase one rank is; begins with `setup`. Cost of `phase`: one write of 256 bytes."""
 
-    def __init__(self, folder: Path, rank: int, watch: WatchConfig) -> None:
+    def __init__(self, folder: Path, rank: int, watch: WatchConfig, agent: AgentLink | None = None) -> None:
         """Args:
         folder: the run directory; nothing is written there before `publish`.
+        agent: that watches this rank; it does not depend on the run directory, in which the other nodes' agents look.
         """
+        self._agent = agent
         self._path = beat_path(folder, rank)
         who = {"rank": rank, "pid": os.getpid(), "host": socket.gethostname()}
         self._head = json.dumps(who)[:-1]
         self._watch, self._limits = watch, Limits(watch)
         self._file: int | None = None
+        self._is_refused = False
         self._alarm_at = 0.0
         self._name, self._since = "setup", time.monotonic()
         self.phase("setup", 0)
@@ -97,9 +104,12 @@ class Heartbeat:
     def publish(self) -> None:
         """Makes the file that the agent reads; called once the run directory belongs to this attempt, and after a rollback."""
         self._close()
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-        os.pwrite(self._file, self._record, 0)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            self._say_unwritten(error)
+        self._write()
 
     def phase(self, name: str, step: int) -> None:
         """Says that `name` (one of PHASES) of `step` begins now."""
@@ -109,9 +119,27 @@ class Heartbeat:
         limit_s = self._limits.limit_s(name)
         text = f'{self._head}, "step": {step}, "phase": "{name}", "at": {time.time():.3f}, "limit_s": {limit_s:.1f}}}'
         self._record = text.encode().ljust(RECORD_BYTES - 1) + b"\n"
-        if self._file is not None:
-            os.pwrite(self._file, self._record, 0)
+        self._write()
         self._arm(now, limit_s)
+
+    def _write(self) -> None:
+        if self._agent is not None:
+            os.pwrite(self._agent.beat_fd, self._record, 0)
+        if self._file is not None:
+            try:
+                os.pwrite(self._file, self._record, 0)
+            except OSError as error:  # a disk that refuses must not end a run that trains
+                self._say_unwritten(error)
+
+    def _say_unwritten(self, error: OSError) -> None:
+        if not self._is_refused:
+            self._is_refused = True
+            log.warning(
+                "%s cannot be written: %s; training goes on, other nodes do not see this rank",
+                self._path,
+                error,
+                all_ranks=True,
+            )
 
     def _arm(self, now: float, limit_s: float) -> None:
         """The second net, for a rank whose agent is gone: a thread in C prints all stacks and ends the process.
@@ -143,7 +171,15 @@ def beat_path(folder: Path, rank: int) -> Path:
 def read_beat(path: Path) -> Beat | None:
     """What a rank said last; None when the file is not there, cannot be read, or holds no whole record."""
     try:
-        beat = Beat(**json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError):
+        return parse_beat(path.read_bytes())
+    except OSError:
+        return None
+
+
+def parse_beat(record: bytes) -> Beat | None:
+    """The beat in a record; None when it is none or not whole."""
+    try:
+        beat = Beat(**json.loads(record))
+    except (ValueError, TypeError):
         return None
     return beat if beat.phase in PHASES else None

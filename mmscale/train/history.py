@@ -6,14 +6,14 @@ Files that are missing say nothing; lines that were cut off by a kill are passed
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mmscale.config.load import read_yaml
 from mmscale.errors import ConfigError
-from mmscale.train.attempt import ATTEMPTS, DO_NOT_RESTART, OWNER, first_cause
+from mmscale.train.attempt import ATTEMPTS, DO_NOT_RESTART, OWNER, first_cause, read_record
 from mmscale.train.heartbeat import FOLDER, Beat, read_beat
 from mmscale.train.manifest import folder_step
 from mmscale.train.records import rows_backward
@@ -56,6 +56,7 @@ class AttemptRecord:
     submitted_at       when its job was submitted
     submission         the job or chain it belongs to
     base_step          step of the checkpoint from which it went on; 0 = from the beginning
+    has_claimed        False: it never owned the run directory
     outcome, reason    how the trainer ended by itself; None: it was killed, or it runs
     decision           what the batch script did then, and why
     hang               what the watch found when the attempt hung
@@ -74,6 +75,7 @@ class AttemptRecord:
     world_size: int | None = None
     host: str | None = None
     pid: int | None = None
+    has_claimed: bool = True
     outcome: str | None = None
     reason: str = ""
     decision: str | None = None
@@ -128,7 +130,7 @@ def read_history(folder: Path) -> History:
         beats = tuple(beat for beat in found if beat is not None and beat.at >= newest.first_at)
         last_at = max((newest.last_at, *(beat.at for beat in beats)))
         attempts = (*attempts[:-1], replace(newest, last_at=last_at))
-    stop, done = _read(folder / DO_NOT_RESTART), _read(folder / "DONE").get("step")
+    stop, done = read_record(folder / DO_NOT_RESTART), read_record(folder / "DONE").get("step")
     steps = (folder_step(path.parent.name) for path in (folder / "checkpoints").glob("step_*/manifest.json"))
     return History(
         folder=folder,
@@ -136,7 +138,7 @@ def read_history(folder: Path) -> History:
         events=events,
         total_steps=_total_steps(folder / "config.yaml"),
         done_step=done if isinstance(done, int) else None,
-        given_up=str(stop["reason"]) if "reason" in stop else None,
+        given_up=str(stop.get("reason")) if stop.get("token") in {one.token for one in attempts} else None,
         checkpoint_step=max((step for step in steps if step is not None), default=0),
         beats=beats,
     )
@@ -164,14 +166,6 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return row if isinstance(row, dict) else None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The object in a small file; empty when it is missing or damaged: what the other files say still counts."""
-    try:
-        return _parse(path.read_bytes()) or {}
-    except OSError:
-        return {}
 
 
 def _total_steps(path: Path) -> int | None:
@@ -206,16 +200,27 @@ def _read_attempts(folder: Path, events: tuple[Event, ...]) -> tuple[AttemptReco
     except FileNotFoundError:
         tokens = set()
     found = [_read_attempt(folder / ATTEMPTS / token, token, told.get(token, [])) for token in tokens | told.keys()]
-    return tuple(sorted((one for one in found if one is not None), key=lambda one: (one.first_at, one.token)))
+    known = [one for one in found if one is not None]
+    own = [one for one in known if not _is_outsider(one, known)]
+    return tuple(sorted(own, key=lambda one: (one.first_at, one.token)))
+
+
+def _is_outsider(one: AttemptRecord, attempts: Iterable[AttemptRecord]) -> bool:
+    """Whether an attempt was refused while another one was at work: its time is not the run's, and what it found is not its state."""
+    return (
+        one.outcome == "refused"
+        and not one.has_claimed
+        and any(other.first_at < one.first_at < other.last_at for other in attempts)
+    )
 
 
 def _read_attempt(folder: Path, token: str, events: list[Event]) -> AttemptRecord | None:
     """None when there is no trace of when it was."""
     job, claim, start, end, after = (
-        _read(folder / f"{name}.json") for name in ("job", "claim", "start", "end", "after")
+        read_record(folder / f"{name}.json") for name in ("job", "claim", "start", "end", "after")
     )
     signals, hangs, healths, errors = (
-        [_read(path) for path in sorted(folder.glob(f"{name}-*.json"))]
+        [read_record(path) for path in sorted(folder.glob(f"{name}-*.json"))]
         for name in ("signal", "hang", "health", "error")
     )
     process_starts = [event.at - event.details.get("startup_s", 0.0) for event in events]
@@ -238,6 +243,7 @@ def _read_attempt(folder: Path, token: str, events: list[Event]) -> AttemptRecor
         world_size=start.get("world_size"),
         host=start.get("host"),
         pid=start.get("pid"),
+        has_claimed=bool(claim or start),
         outcome=end.get("outcome"),
         reason=first_cause(errors) or str(end.get("reason") or ""),
         decision=after.get("decision"),

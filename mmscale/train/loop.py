@@ -80,7 +80,7 @@ def train(config: Config, mesh: Mesh, job: Job | None = None) -> None:
     """
     job = Job.of(config) if job is None else job
     ended: Ended | None = Ended.ROLLBACK
-    with Heartbeat(Path(config.run.dir), mesh.rank, config.run.watch) as beat:
+    with Heartbeat(Path(config.run.dir), mesh.rank, config.run.watch, job.agent) as beat:
         while ended is Ended.ROLLBACK:
             beat.phase("setup", 0)
             ended = _train_once(config, mesh, job, beat)
@@ -171,15 +171,14 @@ def _steps(run: Run, job: Job, tools: Tools) -> Ended:
             if step == run.first_step or step % CHECK_PLAN_EVERY == 0:
                 _check_plans(run.mesh, shared)
             state, judgement = _step(run, tools, state, batch, shared, totals, clock)
-            took = time.perf_counter() - started
-            job.deadline.saw_step(took)
-            tools.stragglers.after_step(step, clock.waited, took)
+            tools.stragglers.after_step(step, clock.waited, time.perf_counter() - started)
             if judgement.verdict is Verdict.ROLLBACK:
                 _go_back(run, job, tools, step, judgement)
                 return Ended.ROLLBACK
             if config.eval.every and (step % config.eval.every == 0 or step == config.train.steps):
                 beat.phase("eval", step)
                 validate(run, tools.reporter, step)
+            job.deadline.saw_step(time.perf_counter() - started)  # a request to stop waits for a validation too
             is_last = step == config.train.steps  # the run's end, even when the batch was passed over
             if (judgement.verdict is Verdict.SOUND or is_last) and saver.is_due(step):
                 beat.phase("save", step)
@@ -189,7 +188,7 @@ def _steps(run: Run, job: Job, tools: Tools) -> Ended:
     finally:
         saver.abandon()
         batches.close()
-    mark_done(run)
+    mark_done(run, job.attempt)
     return Ended.DONE
 
 
@@ -367,11 +366,11 @@ def trainer_state(run: Run, state: DataState) -> dict[str, Any]:
 def _stop(run: Run, job: Job, tools: Tools, state: DataState | None, step: int) -> Ended:
     """Leaves a checkpoint of `step` behind."""
     tools.beat.phase("stop", step)
-    tools.saver.finish()
+    tools.saver.settle()  # what the disk has refused before is older than what is saved now
     if step > tools.saver.saved:
         assert state is not None, "a step was made, and it gave a state"
         tools.saver.start(step, trainer_state(run, state))
-        tools.saver.finish()
+    tools.saver.finish()
     tools.reporter.event("stop", step, signal=job.stop.signal_name)
     log.info("stopped on request after step %d; the same command goes on from there", step)
     return Ended.STOPPED

@@ -6,6 +6,7 @@ A folder `step_00000120` holds `manifest.json` (whose it is; bytes and sha256 of
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
@@ -13,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mmscale.errors import SaveError
 from mmscale.train.attempt import Lineage
 
 FORMAT = "mmscale-checkpoint-2"
@@ -20,6 +22,8 @@ MANIFEST = "manifest.json"
 TRAINER = "trainer.json"
 _FOLDER = re.compile(r"step_(\d{8,})")
 _HASH_BLOCK_BYTES = 1 << 22
+_DAMAGE = (errno.EIO, errno.EUCLEAN, errno.EBADMSG, errno.EREMOTEIO, errno.ENOENT, errno.EISDIR, errno.ENOTDIR)
+"""Errors of the system that mean that the content is lost, or that something else stands there."""
 
 
 def folder_name(step: int) -> str:
@@ -73,11 +77,18 @@ def _digest(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def verify_checkpoint(path: Path, lineage: Lineage | None = None, *, hashes: bool = True) -> list[str]:
+def verify_checkpoint(
+    path: Path, lineage: Lineage | None = None, *, hashes: bool = True, share: tuple[int, int] = (0, 1)
+) -> list[str]:
     """What is wrong with a checkpoint folder, one line each; empty when it is whole.
 
     Every file of the manifest must be there with its size and sha256, and no other file; with a `lineage`, one of the run's attempts
     must have written it. Cost: reads every byte; without `hashes` only the manifest.
+
+    Args:
+        share: (number, of how many): only every so many files are hashed, the others are somebody else's share.
+
+    Raises SaveError when the file system does not let them be looked at, which is no damage.
     """
     try:
         manifest = read_manifest(path)
@@ -90,11 +101,13 @@ def verify_checkpoint(path: Path, lineage: Lineage | None = None, *, hashes: boo
     except FileNotFoundError:
         return [f"{MANIFEST}: missing, so the checkpoint was never completed"]
     except (OSError, ValueError, KeyError, TypeError) as error:
+        _raise_unless_damage(path, error)
         return [f"{MANIFEST}: not readable as a manifest ({type(error).__name__}: {error})"]
     problems = [f"{name}: not in the manifest" for name in sorted(present - set(wanted))]
     problems += [f"{name}: missing" for name in sorted(set(wanted) - present)]
-    for name in sorted(present & set(wanted)):
-        problem = _file_problem(path / name, *wanted[name], hashes)
+    number, count = share
+    for idx, name in enumerate(sorted(present & set(wanted))):
+        problem = _file_problem(path / name, *wanted[name], hashes and idx % count == number)
         if problem:
             problems.append(f"{name}: {problem}")
     return problems
@@ -110,5 +123,15 @@ def _file_problem(path: Path, num_bytes: int, sha256: str, hashes: bool) -> str 
         if hashes and file_record(path)["sha256"] != sha256:
             return "its sha256 is not the manifest's: the content has changed"
     except OSError as error:
+        _raise_unless_damage(path, error)
         return f"not readable ({error})"
     return None
+
+
+def _raise_unless_damage(path: Path, error: Exception) -> None:
+    """Raises SaveError when `error` says nothing about the content: no access, a mount that is gone, too many open files."""
+    if isinstance(error, OSError) and error.errno not in _DAMAGE:
+        raise SaveError(
+            f"{path}: expected to read and check it, found {type(error).__name__}: {error}; fix the permissions or the mount and try again, "
+            "the checkpoint is left as it is"
+        ) from error

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mmscale.config.schema import Config
 from mmscale.logging import get_logger
 from mmscale.redact import redact, redact_values
+from mmscale.train.records import lines_backward
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -78,8 +79,10 @@ class JsonLines:
     def _open_clean(path: Path) -> io.FileIO:
         if path.exists():
             with path.open("rb+") as file:
-                text = file.read()
-                file.truncate(text.rfind(b"\n") + 1)
+                size = file.seek(0, os.SEEK_END)
+                unfinished = len(next(lines_backward(file, size)))
+                if unfinished:
+                    file.truncate(size - unfinished)
         return path.open("ab", buffering=0)
 
     def write(self, row: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 _BLOCK_BYTES = 1 << 16
 
@@ -17,13 +17,16 @@ def rows_backward(path: Path) -> Iterator[dict[str, Any]]:
     A line that is no JSON object, such as one that a kill cut off, is left out. A step may come several times: the first that comes
     here is the one that counts.
     """
-    for line in _lines_backward(path):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            yield row
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for line in lines_backward(file, file.seek(0, os.SEEK_END)):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict):
+                yield row
 
 
 def rows_of_steps(path: Path, steps: Collection[int]) -> dict[int, dict[str, Any]]:
@@ -39,15 +42,13 @@ def rows_of_steps(path: Path, steps: Collection[int]) -> dict[int, dict[str, Any
     return found
 
 
-def _lines_backward(path: Path) -> Iterator[bytes]:
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        start, begun = file.seek(0, os.SEEK_END), b""
-        while start:
-            end, start = start, max(0, start - _BLOCK_BYTES)
-            file.seek(start)
-            # the first may have begun in an earlier block
-            begun, *whole = (file.read(end - start) + begun).split(b"\n")
-            yield from reversed(whole)
-        yield begun
+def lines_backward(file: BinaryIO, end: int) -> Iterator[bytes]:
+    """The lines of an open file's first `end` bytes from the last to the first; the first one is what stands behind the last line end."""
+    start, begun = end, b""
+    while start:
+        end, start = start, max(0, start - _BLOCK_BYTES)
+        file.seek(start)
+        # the first may have begun in an earlier block
+        begun, *whole = (file.read(end - start) + begun).split(b"\n")
+        yield from reversed(whole)
+    yield begun

@@ -80,8 +80,7 @@ def roll_back(
             f"train.guard.max_rollbacks={guard.max_rollbacks}; lower train.lr, set train.clip, or look at the samples of this step: "
             f"mmscale replay {folder} --step {step}"
         )
-    if attempt.is_fenced():
-        raise attempt.fence_error()
+    attempt.check_owner()
     wanted = steps_to_pass(judgement.bad_steps, passed, guard.pass_over << passed.num_rollbacks)
     try:
         base = _go_back(folder / "checkpoints", wanted[0], attempt.lineage(), f"step {step}: {judgement.reason}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,12 +25,12 @@ from mmscale.config.load import dump_config, load_config
 from mmscale.config.mixture import is_stream_mode
 from mmscale.config.schema import Config, CostConfig, ParallelConfig, SourceConfig, TrainConfig
 from mmscale.config.specs import extra_tokens, media_specs
-from mmscale.errors import CheckpointError, ConfigError, RefusedInputError
+from mmscale.errors import CheckpointError, ConfigError, RefusedInputError, SaveError
 from mmscale.kernels.attention.select import explain
 from mmscale.model.composite import build_model
 from mmscale.model.llm.attention import check_positions
 from mmscale.parallel.apply import external_parts, make_engine
-from mmscale.parallel.comm import all_gather_objects, barrier, broadcast_object, on_main, sum_ints
+from mmscale.parallel.comm import all_gather_objects, broadcast_object, on_main, sum_ints
 from mmscale.parallel.engines.base import Engine
 from mmscale.parallel.layout import ShardLayout
 from mmscale.parallel.mesh import Mesh
@@ -46,7 +45,7 @@ from mmscale.streaming.make_pack import Divide
 from mmscale.streaming.protocol import DataState, DataStream
 from mmscale.streaming.tokenizer import TextTokenizer
 from mmscale.streaming.unindexed.stream import UnindexedStream
-from mmscale.train.attempt import Attempt
+from mmscale.train.attempt import Attempt, sync_folder, write_json, write_text
 from mmscale.train.checkpoint import CheckpointReader, find_checkpoint
 from mmscale.train.flops import FlopModel, flop_model
 from mmscale.train.heartbeat import clear_beats
@@ -100,15 +99,13 @@ def open_run(config: Config, mesh: Mesh, attempt: Attempt) -> Iterator[Run | Non
     """
     check_config(config, mesh.world_size)
     _set_torch(config)
-    if _is_done(config):
+    if on_main(mesh, lambda: _is_done(config)):  # each rank's own look might differ
         yield None
         return
     on_main(mesh, lambda: _check_same_run(config))
     run = _assemble(config, mesh, lambda: _take_over(config, mesh, attempt))
     try:
-        if mesh.is_main:
-            _prepare_folder(config)
-        barrier(mesh)
+        on_main(mesh, lambda: _prepare_folder(config, attempt))
         _print_header(run)
         yield run
     finally:
@@ -130,16 +127,29 @@ def open_again(config: Config, mesh: Mesh, reader: CheckpointReader | None) -> I
         run.engine.close()
 
 
-def mark_done(run: Run) -> None:
-    """Writes DONE, last of all: it wins over every request to go on."""
-    if run.mesh.is_main:
-        temporary = run.folder / f".{DONE}.tmp"
-        with temporary.open("w") as file:
-            file.write(json.dumps({"step": run.config.train.steps}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, run.folder / DONE)
+def mark_done(run: Run, attempt: Attempt) -> None:
+    """Writes DONE, last of all: it wins over every request to go on.
+
+    Raises:
+        FencedError: another attempt owns the run, which may have been given more steps.
+        SaveError: the disk refuses.
+
+    Distributed: every rank calls it.
+    """
+    on_main(run.mesh, lambda: _write_done(run.folder, run.config.train.steps, attempt))
     log.info("done: %d steps; next: mmscale consolidate %s OUT", run.config.train.steps, run.folder)
+
+
+def _write_done(folder: Path, steps: int, attempt: Attempt) -> None:
+    attempt.check_owner()
+    try:
+        write_json(folder / DONE, {"step": steps})
+        sync_folder(folder)
+    except OSError as error:
+        raise SaveError(
+            f"expected to write {folder / DONE} after the last step, found {type(error).__name__}: {error}; make room or fix the "
+            "permissions and start again: nothing is left to train"
+        ) from error
 
 
 def _is_done(config: Config) -> bool:
@@ -166,17 +176,17 @@ def _set_torch(config: Config) -> None:
     torch.use_deterministic_algorithms(config.train.deterministic)
 
 
-def _prepare_folder(config: Config) -> None:
-    """Writes the resolved config into the run directory and takes away what earlier attempts have said there."""
+def _prepare_folder(config: Config, attempt: Attempt) -> None:
+    """Writes the resolved config into the run directory and takes away what earlier attempts have said there.
+
+    Raises FencedError when another attempt has taken over while this one loaded: it would lose its heartbeats, and be taken for hung.
+    """
     folder = Path(config.run.dir)
+    attempt.check_owner()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / DONE).unlink(missing_ok=True)
         clear_beats(folder)
-        saved, text = folder / "config.yaml", dump_config(config)
-        temporary = folder / ".config.yaml.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, saved)
+        write_text(folder / "config.yaml", dump_config(config))
     except OSError as error:
         raise RefusedInputError(
             f"cannot write the run directory {folder}: {error.strerror}; set run.dir to a folder you may write"

@@ -60,7 +60,9 @@ train_job() { # CONFIG [a.b=value ...]: trains, and sees to it that the run goes
     [ $# -ge 1 ] || fail 2 "expected CONFIG [a.b=value ...] behind the script's name, found nothing; give the YAML file of a run"
     catch_signals
     enter_environment
-    run=$(ask_mmscale mmscale.cluster.batch run-dir "$@") || fail 2 "the config was refused, see the line above"
+    local answer
+    answer=$(ask_mmscale mmscale.cluster.batch run "$@") || fail 2 "the config was refused, see the line above"
+    steps=${answer%% *} run=${answer#* }
     start_attempt
     launch "$@"
     finish_attempt

@@ -10,7 +10,7 @@ again_for() { # SECONDS COMMAND...: runs it again while it fails, for so long
     done
 }
 
-ask_controller() { again_for 300 "$@"; } # it may be down for a while, which says nothing about this job
+ask_controller() { again_for 3600 "$@"; } # it may be down for long, which says nothing about this job
 
 show_job() { SLURM_TIME_FORMAT=%s scontrol show job --oneliner "$SLURM_JOB_ID"; }
 
@@ -29,7 +29,7 @@ start_attempt() { # writes job.json; ends the job when there is nothing to do
     queue=$(ask_controller squeue --me --noheader --format='%A %j') || fail 1 "SLURM's controller does not answer"
     ends_at=$(field EndTime <<<"$job")
     case $ends_at in '' | *[!0-9]*) ends_at='' ;; esac # Unknown: no limit
-    answer=$(ask_mmscale mmscale.cluster.batch start "$run" --token "$token" --mode "$mode" --submission "$submission" \
+    answer=$(ask_mmscale mmscale.cluster.batch start "$run" --steps "$steps" --token "$token" --mode "$mode" --submission "$submission" \
         --lead "$lead_s" --nodes "$(node_names | paste -s -d ,)" <<<"$job"$'\n'"$queue") || fail 2 "this attempt was refused, see above"
     say "$answer; run directory $run"
     [ "${answer%% *}" = go ] || exit 0
@@ -37,7 +37,7 @@ start_attempt() { # writes job.json; ends the job when there is nothing to do
 
 finish_attempt() { # asks what the files say, and does it
     local job state answer
-    job=$(ask_controller show_job) || fail 1 "SLURM's controller has not answered for 5 minutes; start the job again"
+    job=$(ask_controller show_job) || fail 1 "SLURM's controller has not answered for an hour; submit the same command again"
     state=$(field JobState <<<"$job")
     if [ "$(field Reason <<<"$job")" = TimeLimit ]; then state=TIMEOUT; fi
     answer=$(again_for 20 ask_mmscale mmscale.cluster.after "$run" --token "$token" --restarts "$(field Restarts <<<"$job")" \

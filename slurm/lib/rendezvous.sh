@@ -12,6 +12,12 @@ head_address() { # the address of the first node: its name alone need not resolv
 # another port for each attempt: the old one may be held by TIME_WAIT or by ranks of an attempt that will not die
 rendezvous_port() { echo $((20000 + (7 * SLURM_JOB_ID + restarts) % 10000)); }
 
+# SLURM numbers the steps of each attempt from 0, so that a late signal for a step of the attempt before (from an srun on a node that
+# was frozen, or kept by slurmctld for a node that did not answer) would hit this one: steps of two attempts in a row have two numbers
+skip_step_number() {
+    [ $((restarts % 2)) -eq 0 ] || timeout 60 srun --nodes=1 --ntasks=1 true || say "a step that does nothing has failed; the run starts anyway"
+}
+
 launch() { # CONFIG [a.b=value ...]: one agent per node, until all of them have ended
     local address agent
     address=$(head_address) || fail 1 "SLURM's controller does not say where the first node is"
@@ -20,6 +26,7 @@ launch() { # CONFIG [a.b=value ...]: one agent per node, until all of them have 
     MMSCALE_KILL_WAIT_S=$(ask_controller scontrol show config | sed -n 's/^KillWait *= *\([0-9]*\).*/\1/p')
     export MMSCALE_ATTEMPT=$token MMSCALE_LEAD_S=$lead_s MMSCALE_END_TIME=$ends_at MMSCALE_KILL_WAIT_S
     say "nodes $SLURM_JOB_NODELIST, rank 0 at $address:$(rendezvous_port), logs $run/logs/$token.node*.log"
+    skip_step_number
     # The inner shell ignores USR1 and hands that on: a step that is signalled while the agent starts must not die of it.
     # It alone knows the number of its node, which goes behind the agent's command, in front of CONFIG.
     # --wait: agents end together, so one that is silent so much later has lost its slurmstepd, and srun would wait for it for long.

@@ -27,6 +27,8 @@ requeue() { # puts this job back into the queue; SLURM then ends this shell
                 ;;
         esac
         sleep 2
+        # SLURM may have done it itself meanwhile: another requeue would end the attempt that it has started
+        [ "$(ask_controller show_job | field Restarts)" = "$restarts" ] || return 0
     done
     return 1
 }

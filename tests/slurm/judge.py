@@ -101,11 +101,14 @@ def read_attempts(run: Path) -> list[Attempt]:
     """
     metrics = rows(run / "metrics.jsonl")
     starts = sorted((_read(path)["started_at"], path.parent) for path in (run / "attempts").glob("*/job.json"))
-    ends = [*(started_at for started_at, _ in starts[1:]), math.inf]
-    return [
-        _attempt(folder, [row for row in metrics if row["attempt"] == folder.name and row["ended_at"] <= end])
-        for (_, folder), end in zip(starts, ends, strict=True)
-    ]
+    found, end = [], math.inf
+    for started_at, folder in reversed(starts):
+        found.append(
+            _attempt(folder, [row for row in metrics if row["attempt"] == folder.name and row["ended_at"] <= end])
+        )
+        if (folder / "claim.json").exists():  # others have taken over nothing
+            end = started_at
+    return found[::-1]
 
 
 def recoveries(run: Path) -> list[Recovery]:

@@ -93,13 +93,11 @@ def test_nodes_fail_and_there_is_no_spare(run: Run, reference: History) -> None:
     run.cluster.start_node("fx2")
 
     run.wait_done(job)
-    first, second, *strays = run.check_equals(reference)
+    first, second = run.check_equals(reference)
     assert first.redone == 0 and second.redone <= SAVE_EVERY
-    # slurmctld keeps the signal that ended the old step for the node that did not answer, and hands it over when the node is back; the
-    # step of the next attempt has the same id, and takes it for its own
-    assert len(strays) <= 1 and all(one.redone == 0 for one in strays)
-    assert job.restarts == 2 + len(strays) and "FAILED" not in job.log
-    assert [run.nodes(one.token) for one in run.attempts] == [["fx1", "fx2"]] * (3 + len(strays))
+    # no stray: slurmctld keeps the signal that ended the old step for the node that did not answer, and hands it over when it is back
+    assert job.restarts == 2 and "FAILED" not in job.log
+    assert [run.nodes(one.token) for one in run.attempts] == [["fx1", "fx2"]] * 3
 
 
 def test_nodes_fail_and_there_is_a_spare(run: Run, reference: History) -> None:
@@ -155,7 +153,7 @@ def test_a_zombie_beside_a_healthy_attempt(run: Run, reference: History) -> None
         wake([*ranks, *frozen])
     run.wait_done(job)
     assert (run.read(old, "end") or {})["outcome"] == "fenced"
-    assert "goes on with this run" in run.log(old)
+    assert "goes on with this run" in run.log(old) and "ValueError" not in run.log(old)
     assert saved_by(run, old) == committed and run.last_step(old) <= made + 1
     assert not list((run.folder / "checkpoints").glob(f"*{old}.tmp"))
     (recovery,) = run.check_equals(reference)

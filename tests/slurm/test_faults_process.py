@@ -7,6 +7,7 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from cluster import Cluster
 from judge import History
@@ -26,7 +27,8 @@ def test_each_process_killed_in_turn(run: Run, reference: History) -> None:
     job = run.sbatch()
     for number, victim in enumerate(("rank 0", "rank 1", "agent", "slurmstepd")):
         token = f"{job.id}.{number}"
-        ranks, agent, stepd = run.ranks(job, token), run.agent(job, token, 0), job.stepd(run.nodes(token)[1], "0")
+        ranks, agent = run.ranks(job, token), run.agent(job, token, 0)
+        stepd = psutil.Process(run.agent(job, token, 1)).ppid()
         saved = run.wait_checkpoint(job, token)
         kill({"rank 0": ranks[0], "rank 1": ranks[1], "agent": agent, "slurmstepd": stepd}[victim])
         if victim == "slurmstepd":

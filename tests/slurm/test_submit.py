@@ -140,7 +140,7 @@ def test_three_attempts_without_progress_end_the_job(bench: Bench) -> None:
     assert job.restarts == 3 and job.fields()["ExitCode"] == "1:0"
     assert bench.decisions() == ["requeue"] * 3 + ["give_up"]
     reason = json.loads((bench.run / "DO_NOT_RESTART").read_text())["reason"]
-    assert reason.startswith("3 attempts in a row without a new checkpoint") and f"{job.id}.3 was killed" in reason
+    assert reason.startswith("3 attempts in a row without a new checkpoint") and f"the last: {job.id}.3 " in reason
     assert f"FAILED: {reason}" in job.log
 
 

@@ -70,7 +70,7 @@ def test_every_variable_that_is_read_is_in_the_table() -> None:
 
 
 def test_a_rank_reads_what_its_agent_gave_it() -> None:
-    launch, agent = Launch(3, 1, 4, "10.0.0.1", 29500, 2), AgentLink(71, 5)
+    launch, agent = Launch(3, 1, 4, "10.0.0.1", 29500, 2), AgentLink(71, 5, 6)
     env = rank_environment(launch, agent, "9.1", {"SLURM_PROCID": "1", "OMP_NUM_THREADS": "3", "HOME": "/h"})
     assert (launch_from_env(env), agent_from_env(env)) == (launch, agent)
     assert (env["MMSCALE_ATTEMPT"], env["OMP_NUM_THREADS"], env["HOME"]) == ("9.1", "3", "/h")

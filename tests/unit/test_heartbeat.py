@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 
 from mmscale.cluster.watch import Hang, all_beats, find_hang, is_halted, worst_of
+from mmscale.config.env import AgentLink
 from mmscale.config.schema import WatchConfig
 from mmscale.train.heartbeat import (
     PHASES,
@@ -21,6 +22,7 @@ from mmscale.train.heartbeat import (
     Limits,
     beat_path,
     clear_beats,
+    parse_beat,
     read_beat,
 )
 
@@ -41,6 +43,21 @@ def test_nothing_is_written_before_the_directory_is_ours(tmp_path, beat) -> None
     assert found is not None
     assert (found.rank, found.pid, found.step, found.phase) == (3, os.getpid(), 1, "data")
     assert abs(found.at - time.time()) < 5
+
+
+def test_the_agent_sees_a_rank_whose_run_directory_cannot_be_written(disk) -> None:
+    memory = os.memfd_create("beats")
+    with Heartbeat(disk.path, 3, WATCH, AgentLink(1, 0, memory)) as heartbeat:
+        disk.remount("ro")
+        heartbeat.publish()
+        heartbeat.phase("save", 7)
+        heartbeat.phase("data", 8)
+        found = parse_beat(os.pread(memory, RECORD_BYTES, 0))
+        assert found is not None and (found.rank, found.step, found.phase) == (3, 8, "data")
+        disk.remount("rw")
+        heartbeat.publish()
+    assert read_beat(beat_path(disk.path, 3)) == found
+    os.close(memory)
 
 
 def test_the_record_is_rewritten_in_place_and_of_one_length(tmp_path, beat) -> None:
@@ -137,6 +154,7 @@ def test_a_rank_without_agent_ends_itself_with_its_stacks(tmp_path) -> None:
     code = f"""
 import mmscale.train.heartbeat as heartbeat, time
 from pathlib import Path
+from mmscale.config.env import AgentLink
 from mmscale.config.schema import WatchConfig
 heartbeat.SELF_ABORT_DELAY_S = 0.2
 def stuck_here():

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from mmscale.config.schema import Config, ParallelConfig
 from mmscale.errors import CheckpointError, FencedError, SaveError
 from mmscale.parallel.layout import Chunk
 from mmscale.parallel.mesh import init_mesh
+from mmscale.train import loop
 from mmscale.train import saver as saver_module
 from mmscale.train.attempt import Attempt
 from mmscale.train.checkpoint import find_checkpoint, newest_checkpoint, verify_checkpoint
@@ -460,6 +462,22 @@ def test_a_last_save_that_is_refused_to_the_end_is_an_error(on_disk, disk, tiny_
         trainer.saver.finish()
     assert refusal.value.exit_code == 1 and isinstance(refusal.value, CheckpointError)
     assert len(trainer.events("save_failed")) == 4
+    trainer.close()
+
+
+def test_a_stop_saves_the_newest_state_and_not_first_what_was_refused(on_disk, disk, tiny_config) -> None:
+    """A job that is taken away has time for one save."""
+    trainer = Trainer(on_disk, tiny_config, Weights(4 * MB))
+    disk.fill()
+    trainer.train(1, 4)
+    disk.empty()
+    trainer.weights.step(5)
+    run = SimpleNamespace(config=tiny_config(), external={})
+    state = SimpleNamespace(to_dict=lambda: {"at": 5})
+    tools = SimpleNamespace(saver=trainer.saver, reporter=trainer.reporter, beat=SimpleNamespace(phase=lambda *_: None))
+    job = SimpleNamespace(stop=SimpleNamespace(signal_name="SIGTERM"))
+    assert loop._stop(run, job, tools, state, 5) is loop.Ended.STOPPED
+    assert [event["step"] for event in trainer.events("save")] == [5] and folders(on_disk) == ["step_00000005"]
     trainer.close()
 
 

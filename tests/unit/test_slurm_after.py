@@ -108,9 +108,28 @@ def test_a_job_that_somebody_ended_is_not_requeued(story: Story, state: str, wor
     assert story.attempt("7.0", saves=(10,)).decide(state=state).word == word
 
 
-@pytest.mark.parametrize("outcome", ["refused", "diverged"])
-def test_what_another_start_would_repeat_is_given_up_at_once(story: Story, outcome: str) -> None:
-    assert story.attempt("7.0", saves=(10,), outcome=outcome).decide() == Decision("give_up", f"why {outcome}")
+@pytest.mark.parametrize(("outcome", "base"), [("refused", None), ("diverged", 0)])
+def test_what_another_start_would_repeat_is_given_up_at_once(story: Story, outcome: str, base: int | None) -> None:
+    assert story.attempt("7.0", base=base, outcome=outcome).decide() == Decision("give_up", f"why {outcome}")
+
+
+def test_an_input_that_was_accepted_before_is_tried_again(story: Story) -> None:
+    """A disk that is away for a while looks like data that is missing."""
+    story.attempt("7.0", saves=(10,), outcome="stopped", signalled=1)
+    for token, word in (("7.1", "requeue"), ("7.2", "requeue"), ("7.3", "give_up")):
+        found = story.attempt(token, base=None, outcome="refused").decide()
+        assert found.word == word and "why refused" in found.reason
+
+
+def test_a_refused_second_job_does_not_stop_the_first(story: Story) -> None:
+    story.attempt("7.0", saves=(10,)).attempt("8.0", base=None, submission="8", outcome="refused")
+    (story.run / "OWNER").write_text("7.0\n")
+    past = (story.run / "attempts/8.0/job.json").stat().st_mtime - 5
+    os.utime(story.run / "OWNER", (past, past))
+    decision = story.decide()
+    assert decision.word == "give_up"
+    record(story.run, "8.0", decision, 2, None)
+    assert not (story.run / "DO_NOT_RESTART").exists()
 
 
 @pytest.mark.parametrize(
@@ -133,7 +152,7 @@ def test_three_attempts_without_a_step_are_enough(story: Story, kinds: dict[str,
 @pytest.mark.parametrize(
     "kinds",
     [
-        {"outcome": "stopped"},
+        {"outcome": "stopped", "signalled": 1},
         {"signalled": 2},
         {"after": {"decision": "stale", "signal": "TERM"}},
     ],
@@ -164,7 +183,7 @@ def test_an_attempt_that_was_taken_away_is_not_to_blame(story: Story) -> None:
 
 
 def test_a_stop_between_crashes_neither_counts_nor_forgives(story: Story) -> None:
-    story.attempt("7.0").attempt("7.1", outcome="stopped").attempt("7.2")
+    story.attempt("7.0").attempt("7.1", outcome="stopped", signalled=1).attempt("7.2")
     assert story.decide().reason.startswith("attempt 2 of 3")
     assert story.attempt("7.3").decide().word == "give_up"
 

@@ -12,7 +12,7 @@ import pytest
 from mmscale.cluster.batch import EXPORTED, Kind, Submission, fields_of, main, script_text, start_attempt
 from mmscale.cluster.site import Site, read_site
 from mmscale.cluster.submit import find_site, plan_job
-from mmscale.errors import ConfigError
+from mmscale.errors import ConfigError, RefusedInputError
 from mmscale.train.attempt import write_json
 
 REPO = Path(__file__).parents[2]
@@ -75,25 +75,34 @@ def test_quotes_in_an_option_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("answers", "is_requeued", "num_calls"),
+    ("answers", "restarts", "is_requeued", "num_calls"),
     [
-        (["0:"], True, 1),
-        (["1:Unable to contact slurm controller (connect failure)", "0:"], True, 2),
+        (["0:"], "0", True, 1),
+        (["1:Unable to contact slurm controller (connect failure)", "0:"], "0", True, 2),
+        (
+            ["1:Unable to contact slurm controller (connect failure)"],
+            "1",
+            True,
+            1,
+        ),  # SLURM has done it, and runs the next attempt
         (
             ["143:", "1:Job is pending execution for job 7"],
+            "0",
             True,
             2,
         ),  # a signal ended the first call after it had worked
-        (["1:Requested operation is presently disabled for job 7"], False, 1),
+        (["1:Requested operation is presently disabled for job 7"], "0", False, 1),
     ],
 )
 def test_requeue_asks_again_while_the_controller_is_down(
-    tmp_path: Path, answers: list[str], is_requeued: bool, num_calls: int
+    tmp_path: Path, answers: list[str], restarts: str, is_requeued: bool, num_calls: int
 ) -> None:
     """The timing of a real controller's death cannot be had; these are the answers it gave on a real cluster."""
     (tmp_path / "answers").write_text("".join(f"{line}\n" for line in answers))
+    (tmp_path / "restarts").write_text(restarts)
     script = """
-        scontrol() { echo x >>calls; local line; line=$(sed -n "$(wc -l <calls)p" answers); echo "${line#*:}" >&2; return "${line%%:*}"; }
+        ask_controller() { "$@"; }; show_job() { echo "JobId=7 Restarts=$(cat restarts)"; }; field() { sed -n "s/.* $1=\\([^ ]*\\).*/\\1/p"; }
+        restarts=0; scontrol() { echo x >>calls; local line; line=$(sed -n "$(wc -l <calls)p" answers); echo "${line#*:}" >&2; return "${line%%:*}"; }
         say() { echo "$*"; }; sleep() { :; }; SLURM_JOB_ID=7; . "$0"; requeue"""
     path = str(REPO / "slurm/lib/requeue.sh")
     done = subprocess.run(["bash", "-c", script, path], cwd=tmp_path, capture_output=True, text=True, timeout=20)
@@ -153,7 +162,8 @@ def test_a_site_file_that_is_not_there_is_an_error() -> None:
 def start(
     run: Path, token: str = "7.1", mode: str = "requeue", submission: str = "7", lead_s: float = 60, queue: str = ""
 ) -> str:
-    return start_attempt(run, token, mode, submission, lead_s, ["fx1", "fx2"], JOB, queue.splitlines())  # type: ignore[arg-type]
+    told = [JOB, *queue.splitlines()]
+    return start_attempt(run, 20, token, mode, submission, lead_s, ["fx1", "fx2"], told)  # type: ignore[arg-type]
 
 
 def test_the_record_of_an_attempt(tmp_path: Path) -> None:
@@ -169,6 +179,19 @@ def test_a_finished_run_has_nothing_to_do(tmp_path: Path) -> None:
     (tmp_path / "DONE").touch()
     assert start(tmp_path, lead_s=10_000).startswith("done ")
     assert not (tmp_path / "attempts").exists()
+
+
+@pytest.mark.parametrize(("done", "word"), [(30, "done"), (20, "done"), (10, "go")])
+def test_a_finished_run_goes_on_when_it_is_given_more_steps(tmp_path: Path, done: int, word: str) -> None:
+    write_json(tmp_path / "DONE", {"step": done})
+    assert start(tmp_path).split()[0] == word
+    assert (tmp_path / "DONE").exists() == (word == "done"), "what it says must not end the job after this attempt"
+
+
+def test_a_run_directory_that_cannot_be_written_is_refused_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "logs").write_text("")
+    with pytest.raises(RefusedInputError, match=r"cannot write the run directory .*: File exists; make room"):
+        start(tmp_path)
 
 
 def test_what_was_given_up_is_not_started_again_by_the_same_submission(tmp_path: Path) -> None:
@@ -224,8 +247,9 @@ def test_fields_of_a_job_line() -> None:
 
 
 def test_the_run_directory_comes_from_the_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["run-dir", RECIPE, f"run.dir={tmp_path}/a b", "data.root=/data"])
-    assert capsys.readouterr().out == f"{tmp_path}/a b\n"
+    main(["run", RECIPE, f"run.dir={tmp_path}/a b", "data.root=/data"])
+    steps, _, folder = capsys.readouterr().out.partition(" ")
+    assert steps.isdecimal() and folder == f"{tmp_path}/a b\n"
 
 
 # ---- mmscale submit

@@ -128,6 +128,26 @@ def test_a_submitted_job_that_has_not_started(tmp_path, capsys, no_slurm):
     assert said(run, capsys)[1:] == ("queued", "nothing: job 9 waits in the queue (Priority)")
 
 
+def test_a_start_that_was_refused_beside_a_running_one_is_not_the_runs(run, capsys, no_slurm):
+    """Another config on the directory, for example: neither its refusal nor its time is the run's."""
+    write(run / "attempts/7.1/after.json", {"decision": "requeue", "reason": "x", "at": NOW - 880, "rc": 1})
+    job = {
+        "job": "8",
+        "restarts": 0,
+        "submission": "8",
+        "submitted_at": NOW - 890,
+        "started_at": NOW - 889,
+        "nodes": ["n1"],
+    }
+    write(run / "attempts/8.0/job.json", job)
+    write(run / "attempts/8.0/end.json", {"outcome": "refused", "reason": "other settings", "at": NOW - 885})
+    write(run / "DO_NOT_RESTART", {"reason": "other settings", "token": "8.0", "submission": "8", "at": NOW - 884})
+    squeue(no_slurm, "7|PENDING|Resources|x")
+    text, state, _ = said(run, capsys)
+    assert state == "queued" and "other settings" not in text and not re.search(r"^8\.0 ", text, re.M)
+    assert re.search(r"^7\.1 .* 4 +5-8 +0 ", text, re.M), text
+
+
 def test_a_run_that_was_given_up(run, capsys):
     write(
         run / "attempts/7.1/after.json",
@@ -197,9 +217,7 @@ def test_a_run_that_was_killed_without_a_trace(run, capsys):
     write(run / "logs/7.1.node0.log", "")
     _, state, advice = said(run, capsys)
     assert state == "killed"
-    assert advice.startswith(
-        f"killed without a trace; look at {run}/logs/7.1.node0.log, then go on from step 4 with: sbatch"
-    )
+    assert advice.startswith(f"it was killed; look at {run}/logs/7.1.node0.log, then go on from step 4 with: sbatch")
 
 
 def beat(run, pid, host, at, limit_s=60.0):
