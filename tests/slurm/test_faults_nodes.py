@@ -16,8 +16,11 @@ from runs import SAVE_EVERY, Run, kill
 
 from mmscale.train.manifest import read_manifest
 
+UNNOTICED_S = 28
+"""Until SLURM finds a node dead, with SlurmdTimeout=10."""
+
 DEATH_S = 60
-"""Until SLURM finds a node dead. It takes 26 to 28 s here, with SlurmdTimeout=10."""
+"""The same on a machine that is busy with something else."""
 
 
 @pytest.fixture
@@ -93,7 +96,7 @@ def test_nodes_fail_and_there_is_no_spare(run: Run, reference: History) -> None:
     run.cluster.start_node("fx2")
 
     run.wait_done(job)
-    first, second = run.check_equals(reference)
+    first, second = run.check_equals(reference, unnoticed_s=UNNOTICED_S)
     assert first.redone == 0 and second.redone <= SAVE_EVERY
     # no stray: slurmctld keeps the signal that ended the old step for the node that did not answer, and hands it over when it is back
     assert job.restarts == 2 and "FAILED" not in job.log
@@ -118,7 +121,7 @@ def test_nodes_fail_and_there_is_a_spare(run: Run, reference: History) -> None:
     assert run.nodes(f"{job.id}.2") == ["fx2", "fx3"]
     assert run.wait_over(job, f"{job.id}.1")["decision"] == "stale"
     run.wait_done(job)
-    died, drained = run.check_equals(reference)
+    died, drained = run.check_equals(reference, unnoticed_s=UNNOTICED_S)
     assert died.redone <= SAVE_EVERY and drained.redone == 0
     assert job.restarts == 2, "the shell that SLURM has forgotten requeues nothing"
     assert max(saved_by(run, f"{job.id}.1")) == run.base(f"{job.id}.2")
@@ -156,7 +159,7 @@ def test_a_zombie_beside_a_healthy_attempt(run: Run, reference: History) -> None
     assert "goes on with this run" in run.log(old) and "ValueError" not in run.log(old)
     assert saved_by(run, old) == committed and run.last_step(old) <= made + 1
     assert not list((run.folder / "checkpoints").glob(f"*{old}.tmp"))
-    (recovery,) = run.check_equals(reference)
+    (recovery,) = run.check_equals(reference, unnoticed_s=UNNOTICED_S)
     assert recovery.redone <= SAVE_EVERY and job.restarts == 1
     assert (run.folder / "OWNER").read_text() == f"{new}\n"
     assert [row["attempt"] for row in rows(run.folder / "events.jsonl")][-1] == new
