@@ -52,7 +52,9 @@ def test_every_rank_counts_a_part(ranks, demo_data: Path, tmp_path: Path) -> Non
     results = ranks(4).run(count_lengths, str(tmp_path), str(demo_data / "tokenizer"))
     assert len({tuple(tokens) for _, tokens in results}) == 1 and len(results[0][1]) == 400
     counted = [n for n, _ in results]
-    assert 20 <= sum(counted) <= 26  # 20 shards, some of them twice when two ranks come to one at the same time
+    # 20 shards, some of them twice when two ranks come to one at the same time: how many depends on the machine's load; without
+    # sharing it would be 80
+    assert 20 <= sum(counted) <= 40
     assert max(counted) <= 12
     assert [n for n, _ in ranks(4).run(count_lengths, str(tmp_path), str(demo_data / "tokenizer"))] == [0, 0, 0, 0]
 
