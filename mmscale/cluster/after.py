@@ -117,7 +117,7 @@ def _is_final(run_dir: Path, token: str, outcome: str | None) -> bool:
     """
     if outcome != "refused":
         return outcome in FINAL
-    return not any(_read(run_dir, one, "start") for one in _attempts(run_dir, token))
+    return not any(_read(run_dir, one, "start") for one in _attempts(run_dir, token) if one != token)
 
 
 def _is_taken_over(run_dir: Path, token: str) -> bool:

@@ -108,7 +108,7 @@ def test_a_job_that_somebody_ended_is_not_requeued(story: Story, state: str, wor
     assert story.attempt("7.0", saves=(10,)).decide(state=state).word == word
 
 
-@pytest.mark.parametrize(("outcome", "base"), [("refused", None), ("diverged", 0)])
+@pytest.mark.parametrize(("outcome", "base"), [("refused", None), ("refused", 0), ("diverged", 0)])
 def test_what_another_start_would_repeat_is_given_up_at_once(story: Story, outcome: str, base: int | None) -> None:
     assert story.attempt("7.0", base=base, outcome=outcome).decide() == Decision("give_up", f"why {outcome}")
 
