@@ -55,7 +55,7 @@ def test_every_rank_counts_a_part(ranks, demo_data: Path, tmp_path: Path) -> Non
     # 20 shards, some of them twice when two ranks come to one at the same time: how many depends on the machine's load; without
     # sharing it would be 80
     assert 20 <= sum(counted) <= 40
-    assert max(counted) <= 12
+    assert max(counted) < 20, "no rank counts all"
     assert [n for n, _ in ranks(4).run(count_lengths, str(tmp_path), str(demo_data / "tokenizer"))] == [0, 0, 0, 0]
 
 

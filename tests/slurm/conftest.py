@@ -14,6 +14,13 @@ from judge import History
 from runs import STEPS, Run
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A fault takes minutes where the machine is busy with something else."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.timeout(900))
+
+
 @pytest.fixture(scope="session")
 def session_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Three nodes, fx1 to fx3, started at the first use; tests take `cluster`."""

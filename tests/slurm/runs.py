@@ -26,11 +26,11 @@ REPO = Path(__file__).parents[2]
 RECIPE = REPO / "configs/recipes/digits.yaml"
 SAVE_EVERY = 5
 STEPS = 10 * SAVE_EVERY  # a run goes through several faults, each after one or two new checkpoints
-HANG_FLOOR_S = 5.0
+HANG_FLOOR_S = 8.0
 SMALL = (
     f"train.steps={STEPS}", f"train.save_every={SAVE_EVERY}", "train.keep_last=3", "train.warmup_steps=2", "train.global_batch=2",
     "parallel.engine=fsdp", "data.plan_group=2", "data.seq_len=384", "data.window=64", "data.workers=0", "eval.every=0",
-    "run.tensorboard=false", "run.threads=1", "run.log_every=5", f"run.watch.hang_floor_s={HANG_FLOOR_S}", "run.watch.setup_limit_s=90",
+    "run.tensorboard=false", "run.threads=1", "run.log_every=5", f"run.watch.hang_floor_s={HANG_FLOOR_S}", "run.watch.setup_limit_s=240",
     "run.watch.min_free_gb=0.1", "model.llm.config.num_hidden_layers=1", "model.vision.config.num_hidden_layers=1",
     "model.audio.config.encoder_layers=1",
 )  # fmt: skip
@@ -39,7 +39,7 @@ SMALL = (
 MAX_GAP_S = 30.0
 """What is promised, from the death of an attempt to the first new step."""
 
-LOADED = 2.0
+LOADED = 4.0
 """A machine that is busy with something else may take so many times longer before a test fails."""
 
 

@@ -61,5 +61,5 @@ def test_controller_restart_keeps_the_job(cluster: Cluster) -> None:
 def test_a_limit_shows_queue_and_logs(cluster: Cluster) -> None:
     job = cluster.submit_text('echo "the job says so"; sleep 100 & wait\n')
     job.wait_log("the job says so")
-    with pytest.raises(AssertionError, match=r"(?s)not within 0.2 s.*JOBID.*slurmctld.*the job says so"):
+    with pytest.raises(AssertionError, match=r"(?s)not within 0.6 s.*JOBID.*slurmctld.*the job says so"):
         job.wait_until(lambda: False, 0.2, "never")
