@@ -172,6 +172,7 @@ def test_optional_packages_have_one_door(package):
         ("kernels", "../kernels/mmscale_kernels"),
         ("data_tools", "../data_tools/mmscale_data_tools"),
         ("configs", "../configs"),
+        ("slurm", "../slurm"),
     ],
 )
 def test_symlinks_are_relative_and_resolve(link, target):
