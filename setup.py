@@ -26,6 +26,7 @@ EXTRAS = {
     "dev": [
         "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.14", "mypy>=1.18", "scipy>=1.13",
         "types-PyYAML", "megatron-core>=0.16", "simplejpeg>=1.8", "pyarrow>=17", "fsspec>=2025.3",
+        "triton>=3.6", "liger-kernel>=0.8",
     ],
     "gpu": ["triton>=3.6", "liger-kernel>=0.8"],
 }  # fmt: skip
@@ -38,7 +39,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["mmscale", "mmscale.*"]), "mmscale.kernels", "mmscale.kernels.attention", "mmscale.data_tools", "mmscale.data_tools.readers", "mmscale.data_tools.inspection", "mmscale.configs", "mmscale.slurm"],
+    packages=[*find_packages(include=["mmscale", "mmscale.*"]), "mmscale.kernels", "mmscale.kernels.attention", "mmscale.kernels.triton_kernels", "mmscale.data_tools", "mmscale.data_tools.readers", "mmscale.data_tools.inspection", "mmscale.configs", "mmscale.slurm"],
     package_dir={
         "mmscale.kernels": "kernels/mmscale_kernels",
         "mmscale.data_tools": "data_tools/mmscale_data_tools",

@@ -30,6 +30,7 @@ VARIABLES: dict[str, str] = {
     "SLURMD_NODENAME": "SLURM: name of this node, by which a bad one is excluded.",
     "OMP_NUM_THREADS": "`mmscale launch`: CPU threads per process; by default the node's CPUs are divided among its processes.",
     "SLURM_RESTART_COUNT": "SLURM: restarts of the job; `mmscale submit` keeps that of a surrounding job from the new one.",
+    "MMSCALE_KERNELS": "Kernels: `auto` = Triton's on GPUs of compute capability 8.0 and more, `triton`, or `torch` = none of them.",
     "MMSCALE_SITE": "`mmscale submit` and job scripts: file with the settings of the cluster, see `slurm/site.env.example`.",
 }
 """Every variable that mmscale reads, with its meaning; `docs/` prints this table."""

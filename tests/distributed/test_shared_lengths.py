@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from datetime import timedelta
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from mmscale.streaming.encode import Encoder
 from mmscale.streaming.lengths import Turn, sample_lengths
 from mmscale.streaming.loader import Stream
 from mmscale.streaming.rows import encode_row
-from mmscale.streaming.shards import ShardSet
+from mmscale.streaming.shards import Shard, ShardSet
 from mmscale.streaming.tokenizer import TextTokenizer
 from mmscale.train import setup
 from mmscale.types import MediaSpecs
@@ -29,19 +30,40 @@ from mmscale.types import Turn as ChatTurn
 
 
 def count_lengths(mesh: Mesh, folder: str, tokenizer_folder: str) -> Any:
-    """(shards that this rank counted, tokens of all rows)"""
-    counted: list[str] = []
-    compute = lengths_module._compute
-    lengths_module._compute = lambda shard, *others: counted.append(shard.name) or compute(shard, *others)  # type: ignore[func-returns-value]
-    together = setup._Together(mesh)
-    template, tokenizer = load_template("chatml"), TextTokenizer.load(tokenizer_folder)
-    encoder = Encoder(tokenizer, template, MediaSpecs(), max_tokens=1000, on_long="drop", max_pixels=1)
-    shards = ShardSet.open(Path(folder) / "rows", "rows")
-    turn = Turn(mesh.rank, mesh.world_size, together.still_working)
-    lengths = sample_lengths(shards, encoder, turn)
-    together.wait()
-    lengths_module._compute = compute
-    return len(counted), lengths.tokens.tolist()
+    """(shard name -> seconds at which this rank looked for its lengths and at which it had counted and stored them, all tokens)
+
+    The clock is the machine's, the same for all ranks. Whoever counts first waits until every rank has begun a shard.
+    """
+    counted: dict[str, tuple[float, float]] = {}
+    shard_lengths, compute = lengths_module._shard_lengths, lengths_module._compute
+    barrier = dist.new_group(backend="gloo")
+    came: dict[str, float] = {}
+
+    def look(shard: Shard, *others: Any) -> Any:
+        came[shard.name] = time.monotonic()
+        found = shard_lengths(shard, *others)
+        if shard.name in counted:
+            counted[shard.name] = (came[shard.name], time.monotonic())
+        return found
+
+    def count(shard: Shard, *others: Any) -> Any:
+        if not counted:
+            dist.barrier(barrier)
+        counted[shard.name] = (0.0, 0.0)
+        return compute(shard, *others)
+
+    lengths_module._compute, lengths_module._shard_lengths = count, look
+    try:
+        together = setup._Together(mesh)
+        template, tokenizer = load_template("chatml"), TextTokenizer.load(tokenizer_folder)
+        encoder = Encoder(tokenizer, template, MediaSpecs(), max_tokens=1000, on_long="drop", max_pixels=1)
+        shards = ShardSet.open(Path(folder) / "rows", "rows")
+        turn = Turn(mesh.rank, mesh.world_size, together.still_working)
+        lengths = sample_lengths(shards, encoder, turn)
+        together.wait()
+    finally:
+        lengths_module._compute, lengths_module._shard_lengths = compute, shard_lengths
+    return counted, lengths.tokens.tolist()
 
 
 def test_every_rank_counts_a_part(ranks, demo_data: Path, tmp_path: Path) -> None:
@@ -51,12 +73,16 @@ def test_every_rank_counts_a_part(ranks, demo_data: Path, tmp_path: Path) -> Non
             writer.write(f"{i:03}", {"json": encode_row(turns)})
     results = ranks(4).run(count_lengths, str(tmp_path), str(demo_data / "tokenizer"))
     assert len({tuple(tokens) for _, tokens in results}) == 1 and len(results[0][1]) == 400
-    counted = [n for n, _ in results]
-    # 20 shards, some of them twice when two ranks come to one at the same time: how many depends on the machine's load; without
-    # sharing it would be 80
-    assert 20 <= sum(counted) <= 40
-    assert max(counted) < 20, "no rank counts all"
-    assert [n for n, _ in ranks(4).run(count_lengths, str(tmp_path), str(demo_data / "tokenizer"))] == [0, 0, 0, 0]
+    counted = [own for own, _ in results]
+    assert len({next(iter(own)) for own in counted}) == 4, "every rank begins with another shard"
+    assert len({name for own in counted for name in own}) == 20
+    for one, other in combinations(counted, 2):
+        for name in one.keys() & other.keys():
+            (looked, stored), (looked_there, stored_there) = one[name], other[name]
+            assert looked < stored_there and looked_there < stored, (
+                f"{name} was counted although another rank had stored it"
+            )
+    assert ranks(4).run(count_lengths, str(tmp_path), str(demo_data / "tokenizer")) == [({}, results[0][1])] * 4
 
 
 def wait_for_a_slow_rank(mesh: Mesh, timeout_s: float, work_s: float) -> float:

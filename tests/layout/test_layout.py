@@ -45,6 +45,8 @@ OPTIONAL = (
     "liger_kernel",
 )
 
+TRITON_FOLDER = "mmscale.kernels.triton_kernels"
+
 
 def modules():
     """(dotted name, path) of every module, through the symlinks."""
@@ -159,6 +161,14 @@ def test_no_star_imports(name):
 @pytest.mark.parametrize("package", OPTIONAL)
 def test_optional_packages_have_one_door(package):
     users = [name for name, path in MODULES.items() if any(m.split(".")[0] == package for m, _ in imports(path))]
+    if package == "triton":  # a kernel is defined where its module is imported: its folder is the door
+        users = [name for name in users if not name.startswith(f"{TRITON_FOLDER}.")]
+        doors = [
+            name
+            for name, path in MODULES.items()
+            if any(m.startswith(TRITON_FOLDER) for m, _ in imports(path, top_only=True))
+        ]
+        assert not [name for name in doors if not name.startswith(TRITON_FOLDER)], "imported inside a function"
     at_top = [
         name for name in users if any(m.split(".")[0] == package for m, _ in imports(MODULES[name], top_only=True))
     ]
@@ -230,7 +240,8 @@ def test_environment_is_read_in_one_module():
             for n in ast.walk(ast.parse(path.read_text()))
         )
     ]
-    assert readers == ["mmscale.config.env"], readers
+    # kernels import nothing of mmscale, so the choice among them is read there
+    assert readers == ["mmscale.config.env", "mmscale.kernels.dispatch"], readers
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -8,6 +8,7 @@ import pytest
 import mmscale.config.env as env_module
 from mmscale.config.env import VARIABLES, AgentLink, Launch, agent_from_env, launch_from_env, rank_environment
 from mmscale.errors import ConfigError
+from mmscale.kernels import dispatch
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 SRUN = {
@@ -66,6 +67,7 @@ def test_every_variable_that_is_read_is_in_the_table() -> None:
     source = Path(env_module.__file__).read_text()
     table, code = source.split('"""Every variable')
     read = set(re.findall(r'"([A-Z][A-Z_]+)"', code))
+    read.add(dispatch.VARIABLE)  # kernels import nothing of mmscale: they read it themselves
     assert read == set(VARIABLES), read ^ set(VARIABLES)
 
 
