@@ -5,7 +5,6 @@ TORCH ?= torch
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-SHARED_TESTS := tests/unit tests/numerics tests/layout tests/aot tests/integration
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
@@ -31,12 +30,8 @@ $(READY): setup.py constraints-cpu.txt Makefile
 demo: $(READY)
 	$(BIN)/mmscale demo demo
 
-# What starts processes of its own, or waits for SLURM, runs alone; two workers share the rest. Both run even if one fails.
 test: $(READY)
-	@status=0; \
-	$(BIN)/pytest -q -n 2 --dist loadfile $(SHARED_TESTS) || status=1; \
-	$(BIN)/pytest -q $(addprefix --ignore ,$(SHARED_TESTS)) || status=1; \
-	exit $$status
+	tests/run.sh $(BIN)/pytest
 
 check: $(READY)
 	$(BIN)/ruff format --check .
