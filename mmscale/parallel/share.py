@@ -23,7 +23,6 @@ from mmscale.streaming import transport
 from mmscale.types import Modality, PackedBatch, Spans
 
 _ALIGN = 64
-_HOST = torch.device("cpu")
 
 Placed = tuple[int, LocalPart]
 """A part, and the micro-batch that it is of."""
@@ -51,10 +50,14 @@ class Sharing:
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """The micro-batches of this rank in order, and the plan of each: None on a replica of one rank."""
+    """The micro-batches of this rank in order, and the plan of each: None on a replica of one rank.
+
+    `sent_bytes`: what this rank has sent for them. Not counted by the mesh's meter, which belongs to the main thread.
+    """
 
     batches: tuple[ModelBatch, ...]
     spans: tuple[Spans, ...] | None
+    sent_bytes: int = 0
 
 
 def share_packs(sharing: Sharing, packs: Sequence[PackedBatch], places: Sequence[int], num_packs: int) -> Shared:
@@ -81,35 +84,37 @@ def share_packs(sharing: Sharing, packs: Sequence[PackedBatch], places: Sequence
         [(place, parts[rank]) for place, parts in zip(places, split_packs, strict=True)]
         for rank in range(mesh.sequence.size)
     ]
-    arrived = sorted(_exchange(mesh, outgoing), key=lambda placed: placed[0])
+    arrived, sent_bytes = _exchange(mesh, outgoing)
+    arrived.sort(key=lambda placed: placed[0])
     if [place for place, _ in arrived] != list(range(num_packs)):
         raise ParallelError(
             f"expected the micro-batches 0 to {num_packs - 1} of a step, found {[place for place, _ in arrived]} on rank "
             f"{mesh.rank}; every rank of a replica must open its stream with its own `member`"
         )
     batches = tuple(bind(part, mesh, sharing.kind, sharing.kernel) for _, part in arrived)
-    return Shared(batches, tuple(part.spans for _, part in arrived))
+    return Shared(batches, tuple(part.spans for _, part in arrived), sent_bytes)
 
 
-def _exchange(mesh: Mesh, outgoing: Sequence[list[Placed]]) -> list[Placed]:
-    """What the ranks of the replica send to this one; `outgoing` is what this one has for each sequence rank."""
+def _exchange(mesh: Mesh, outgoing: Sequence[list[Placed]]) -> tuple[list[Placed], int]:
+    """What the ranks of the replica send to this one, and the bytes that it has sent.
+
+    Args:
+        outgoing: what this rank has for each sequence rank.
+    """
     blocks = [transport.Block.of(parts) for parts in outgoing]
     to_each = [blocks[rank // mesh.tensor.size] for rank in range(mesh.replica.size)]
     is_for = [rank != mesh.replica.rank and any(outgoing) for rank in range(mesh.replica.size)]
     sent = [block.num_bytes if wanted else 0 for block, wanted in zip(to_each, is_for, strict=True)]
     sizes = torch.empty(len(sent), dtype=torch.int64)
-    with mesh.meter.waiting(_HOST):
-        dist.all_to_all_single(sizes, torch.tensor(sent), group=mesh.replica.group)
-    mesh.meter.add("share", sum(sent))
+    dist.all_to_all_single(sizes, torch.tensor(sent), group=mesh.replica.group)
     out_sizes, in_sizes = [_aligned(n) for n in sent], [_aligned(n) for n in sizes.tolist()]
     outbox, inbox = (torch.empty(sum(n), dtype=torch.uint8) for n in (out_sizes, in_sizes))
     for box, block in zip(outbox.split(out_sizes), to_each, strict=True):
         if box.numel():
             block.write(box.numpy().data)
-    with mesh.meter.waiting(_HOST):
-        dist.all_to_all_single(inbox, outbox, in_sizes, out_sizes, group=mesh.replica.group)
+    dist.all_to_all_single(inbox, outbox, in_sizes, out_sizes, group=mesh.replica.group)
     parts = [placed for box in inbox.split(in_sizes) for placed in _unpack(box)]
-    return [*parts, *outgoing[mesh.sequence.rank]]
+    return [*parts, *outgoing[mesh.sequence.rank]], sum(sent)
 
 
 def _unpack(box: Tensor) -> list[Placed]:

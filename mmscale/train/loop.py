@@ -22,6 +22,7 @@ from mmscale.parallel.share import Shared, share_packs
 from mmscale.parallel.sp.attention import check_same_plan
 from mmscale.redact import redact_values
 from mmscale.streaming.protocol import DataState, DataStep
+from mmscale.train.ahead import Ahead
 from mmscale.train.goodput import goodput_line, goodput_of
 from mmscale.train.guard import Guard, Judgement, Verdict, read_history
 from mmscale.train.heartbeat import Heartbeat
@@ -118,7 +119,8 @@ def train_from(run: Run, job: Job, beat: Heartbeat) -> Ended:
         began = "resume" if run.first_step > 1 else "start"
         reporter.event(began, run.first_step - 1, dp_size=run.mesh.dp_size, startup_s=process_age_s())
         stragglers = StragglerReport(run.mesh, config.run.watch, reporter)
-        return _steps(run, job, Tools(reporter, saver, _open_guard(run), beat, stragglers))
+        with Ahead(run.stream.steps(run.state), run.sharing) as ahead:
+            return _steps(run, job, Tools(reporter, saver, _open_guard(run), beat, stragglers, ahead))
 
 
 def _open_guard(run: Run) -> Guard:
@@ -137,6 +139,7 @@ class Tools:
     guard: Guard
     beat: Heartbeat
     stragglers: StragglerReport
+    ahead: Ahead
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,13 +155,13 @@ def _steps(run: Run, job: Job, tools: Tools) -> Ended:
     """All optimizer steps that are left."""
     config, saver, beat = run.config, tools.saver, tools.beat
     state = run.state
-    batches = run.stream.steps(state)
     try:
         for step in range(run.first_step, config.train.steps + 1):
             beat.phase("data", step)
             started = time.perf_counter()
-            batch = next(batches)
-            shared = share_packs(run.sharing, batch.packs, batch.places, batch.num_packs)
+            batch, shared = tools.ahead.take()
+            if shared.spans is not None:
+                run.mesh.meter.add("share", shared.sent_bytes)
             clock = Clock(step, started, time.perf_counter() - started)
             beat.phase("step", step)
             totals = agree(run, batch, job, saver.is_written)
@@ -170,6 +173,8 @@ def _steps(run: Run, job: Job, tools: Tools) -> Ended:
                 return _stop(run, job, tools, state, step - 1)
             if step == run.first_step or step % CHECK_PLAN_EVERY == 0:
                 _check_plans(run.mesh, shared)
+            if step < config.train.steps:
+                tools.ahead.begin()
             state, judgement = _step(run, tools, state, batch, shared, totals, clock)
             tools.stragglers.after_step(step, clock.waited, time.perf_counter() - started)
             if judgement.verdict is Verdict.ROLLBACK:
@@ -177,6 +182,7 @@ def _steps(run: Run, job: Job, tools: Tools) -> Ended:
                 return Ended.ROLLBACK
             if config.eval.every and (step % config.eval.every == 0 or step == config.train.steps):
                 beat.phase("eval", step)
+                tools.ahead.settle()
                 validate(run, tools.reporter, step)
             job.deadline.saw_step(time.perf_counter() - started)  # a request to stop waits for a validation too
             is_last = step == config.train.steps  # the run's end, even when the batch was passed over
@@ -187,7 +193,6 @@ def _steps(run: Run, job: Job, tools: Tools) -> Ended:
         saver.finish()
     finally:
         saver.abandon()
-        batches.close()
     mark_done(run, job.attempt)
     return Ended.DONE
 

@@ -1,0 +1,94 @@
+"""The next step's packs, fetched and divided while this step computes.
+
+Where ranks share packs, or a GPU computes, this is the work of a thread: splitting a pack of 131,072 tokens and sending its parts
+takes 0.1 to 0.3 s of host time. One process on a CPU would only take the time from itself, and does it when it is asked.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Generator
+from types import TracebackType
+
+from mmscale.parallel.share import Shared, Sharing, share_packs
+from mmscale.streaming.protocol import DataStep
+
+GIVE_UP_S = 5.0
+"""How long a failing rank waits for its thread, which may wait for the other ranks, and those for this rank's end."""
+
+Step = tuple[DataStep, Shared]
+
+
+class Ahead:
+    """The steps of a stream with this rank's part of each, one ahead.
+
+    `take` gives the next one; `begin` starts to make the one after it, and is called when the main thread has no more to say to
+    the group of the replica, which the thread then uses alone until `settle` or `take` has returned.
+
+    Distributed: every rank of a replica calls the same methods in the same order.
+    """
+
+    def __init__(self, steps: Generator[DataStep, None, None], sharing: Sharing) -> None:
+        self._steps = steps
+        self._sharing = sharing
+        self._is_making = False
+        self._orders: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._made: queue.SimpleQueue[Step | BaseException] = queue.SimpleQueue()
+        self._next: Step | BaseException | None = None
+        self._thread: threading.Thread | None = None
+        if sharing.mesh.replica.size > 1 or sharing.mesh.device.type == "cuda":
+            # of this thread alone: the loader's processes live as long as the thread that starts them
+            self._thread = threading.Thread(target=self._work, name="ahead", daemon=True)
+            self._thread.start()
+
+    def take(self) -> Step:
+        """The next step. Raises what the stream raises, and what `share_packs` does."""
+        if self._thread is None:
+            return self._make()
+        if self._next is None:
+            self.begin()
+            self.settle()
+        step, self._next = self._next, None
+        assert step is not None, "it was waited for"
+        if isinstance(step, BaseException):
+            raise step
+        return step
+
+    def begin(self) -> None:
+        """Starts to make the next step, where a thread does it and has not begun."""
+        if self._thread is not None and self._next is None and not self._is_making:
+            self._is_making = True
+            self._orders.put(True)
+
+    def settle(self) -> None:
+        """Returns when nothing is being made: the group of the replica is free."""
+        if self._is_making:
+            self._next = self._made.get()
+            self._is_making = False
+
+    def __enter__(self) -> Ahead:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._thread is None:
+            self._steps.close()
+            return
+        self._orders.put(False)
+        self._thread.join(None if kind is None else GIVE_UP_S)
+
+    def _make(self) -> Step:
+        batch = next(self._steps)
+        return batch, share_packs(self._sharing, batch.packs, batch.places, batch.num_packs)
+
+    def _work(self) -> None:
+        try:
+            while self._orders.get():
+                try:
+                    self._made.put(self._make())
+                except BaseException as error:  # raised again by whoever takes it
+                    self._made.put(error)
+        finally:
+            self._steps.close()

@@ -1,0 +1,90 @@
+"""The next step's packs are made while this one computes, on the group of the replica and beside collectives of the main thread."""
+
+from __future__ import annotations
+
+import threading
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from grids import grid
+
+from mmscale.parallel.comm import sum_ints
+from mmscale.parallel.mesh import Mesh
+from mmscale.parallel.share import Sharing
+from mmscale.train.ahead import Ahead
+
+
+def steps_of(num_steps: int, log: list[str], fault_at: int | None = None) -> Any:
+    """A stream of steps without packs that notes in which thread it works."""
+    try:
+        for step in range(num_steps):
+            if step == fault_at:
+                raise ValueError(f"fault in step {step}")
+            log.append(threading.current_thread().name)
+            yield SimpleNamespace(packs=(), places=(), num_packs=0, step=step)
+    finally:
+        log.append(f"closed by {threading.current_thread().name}")
+
+
+def go_ahead(mesh: Any, num_steps: int) -> tuple[list[int], list[str], bool]:
+    """(steps in the order taken, log of the stream, whether a step was made while the main thread was busy)"""
+    own, log, taken, was_early = grid(mesh, 1, mesh.world_size, 1), [], [], True
+    with Ahead(steps_of(num_steps, log), Sharing(own)) as ahead:
+        for step in range(num_steps):
+            batch, shared = ahead.take()
+            assert shared.batches == ()
+            taken.append(batch.step)
+            if step == num_steps - 1:
+                break
+            ahead.begin()
+            ahead.begin()  # twice is once
+            sum_ints(own, [step])
+            until = time.monotonic() + 60
+            while len(log) < step + 2 and time.monotonic() < until:
+                time.sleep(0.001)
+            was_early &= len(log) == step + 2
+            if step % 2:
+                ahead.settle()
+    return taken, log, was_early
+
+
+def fail_ahead(mesh: Any, rank: int) -> tuple[str, float]:
+    """(what this rank raised, seconds that leaving took) when the stream of `rank` fails while its peer's thread waits for it."""
+    own, log = grid(mesh, 1, mesh.world_size, 1), []
+    started, said = time.monotonic(), ""
+    try:
+        with Ahead(steps_of(3, log, fault_at=1 if own.rank == rank else 2), Sharing(own)) as ahead:
+            ahead.take()
+            ahead.begin()
+            sum_ints(own, [1])
+            if own.rank == rank:
+                ahead.take()
+            raise RuntimeError("the peer has failed")
+    except (ValueError, RuntimeError) as error:
+        said = str(error)
+    return said, time.monotonic() - started
+
+
+def test_one_process_on_a_cpu_makes_steps_when_asked() -> None:
+    log: list[str] = []
+    with Ahead(steps_of(3, log), Sharing(Mesh(0, 1, 0, 1, torch.device("cpu")))) as ahead:
+        for step in range(3):
+            assert ahead.take()[0].step == step
+            ahead.begin()
+            ahead.settle()
+    main = threading.current_thread().name
+    assert log == [main] * 3 + [f"closed by {main}"]
+
+
+def test_steps_are_made_ahead_and_in_order(ranks) -> None:
+    for taken, log, was_early in ranks(2).run(go_ahead, 6):
+        assert taken == list(range(6)) and was_early
+        assert log == ["ahead"] * 6 + ["closed by ahead"]
+
+
+def test_a_fault_is_raised_where_it_is_taken_and_its_peers_are_not_waited_for(ranks) -> None:
+    results = ranks(2).run(fail_ahead, 0)
+    assert results[0][0] == "fault in step 1" and results[1][0] == "the peer has failed"
+    assert all(seconds < 60 for _, seconds in results)
