@@ -3,7 +3,7 @@
 import random
 import sys
 import types
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import get_args
 
 import pytest
@@ -93,6 +93,41 @@ def conform(kernel, dtype, seed):
     for number, case in enumerate(cases):
         found = errors(kernel, dtype, CPU, seed + number, **case)
         assert max(found.values()) <= EXACT[dtype], (case, found)
+
+
+CUT_UP = {
+    "documents": (((30, 30), (1, 1), (64, 64), (5, 5)), True, None),
+    "one document": (((90, 90),), True, None),
+    "documents shorter than a window": (((30, 30), (1, 1), (64, 64)), True, 64),
+    "documents longer than a window": (((30, 30), (1, 1), (64, 64)), True, 17),
+    "other numbers of keys": (((30, 7), (1, 60), (9, 1)), False, None),
+    "keys in front": (((30, 33), (1, 60), (9, 9)), True, None),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", usable(CPU, torch.float32))
+@pytest.mark.parametrize("case", CUT_UP)
+@pytest.mark.parametrize("order", ["keys in order", "keys in another order"])
+def test_segments_without_gaps(name, case, order, dtype, seed):
+    """A whole pack, which takes a way of its own: every row of queries and keys is in exactly one segment."""
+    sizes, causal, window = CUT_UP[case]
+    rng, places = random.Random(seed), list(range(len(sizes)))
+    if order != "keys in order":
+        places.reverse()
+    k_starts = {n: sum(sizes[m][1] for m in places[: places.index(n)]) for n in places}
+    rows = tuple(
+        Segment(at, at + q, k_starts[n], k_starts[n] + k)
+        for n, ((q, k), at) in enumerate(zip(sizes, accumulate((q for q, _ in sizes), initial=0), strict=False))
+    )
+    q, k, v, dout = inputs(rng, dtype, CPU, 8, 2, num_q=sum(s[0] for s in sizes), num_k=sum(s[1] for s in sizes))
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    segments = Segments(rows, causal, window)
+    out, (want, _) = attend(*leaves, segments, 0.3, KERNELS[name]()), reference(*exact, segments, 0.3)
+    assert relative(out, want) <= EXACT[dtype]
+    got, right = torch.autograd.grad(out, leaves, dout), torch.autograd.grad(want, exact, dout.double())
+    assert max(relative(a, b) for a, b in zip(got, right, strict=True)) <= EXACT[dtype]
 
 
 def test_a_leak_of_one_pair_is_seen(seed):

@@ -44,12 +44,23 @@ class _Piece(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """The pieces, ascending. `num_queries`, `num_keys`: rows in all calls; `keys_once`: no key row is in two calls."""
+    """The pieces, ascending.
+
+    num_queries, num_keys  rows in all calls
+    keys_once              no key row is in two calls
+    in_order               besides, every piece is one call, whose keys come after those of the piece before: without gaps the
+                           pieces cut queries and keys up, as the documents of a whole pack do
+    """
 
     pieces: tuple[_Piece, ...]
     num_queries: int
     num_keys: int
     keys_once: bool
+    in_order: bool
+
+    def cuts_up(self, num_queries: int, num_keys: int) -> bool:
+        """Whether the pieces, one after the other, are all of so many queries and keys."""
+        return self.in_order and (num_queries, num_keys) == (self.num_queries, self.num_keys) and bool(self.pieces)
 
 
 class CpuAten:
@@ -70,6 +81,8 @@ class CpuAten:
         """See `AttentionBackend.forward`."""
         plan = _plan(segments)
         q, k, v = (_heads_first(x) for x in (q_QHD, k_KGD, v_KGD))
+        if plan.cuts_up(len(q_QHD), len(k_KGD)):
+            return _forward_in_order(plan, q, k, v, scale)
         out = _new(q, q.dtype, full=plan.num_queries == len(q_QHD))
         lse = torch.full(q.shape[:3], -torch.inf, dtype=accumulate_dtype(q.dtype))
         for piece in plan.pieces:
@@ -86,6 +99,8 @@ class CpuAten:
         plan = _plan(segments)
         once, lse = plan.keys_once, lse_HQ[None]
         dout, q, k, v, out = (_heads_first(x) for x in (dout_QHD, q_QHD, k_KGD, v_KGD, out_QHD))
+        if plan.cuts_up(len(q_QHD), len(k_KGD)):
+            return _backward_in_order(plan, (dout, q, out, lse), (k, v), scale)
         dtype = q.dtype if once else accumulate_dtype(q.dtype)
         dq = _new(q, dtype, full=once and plan.num_queries == len(q_QHD))
         dk, dv = (_new(x, dtype, full=once and plan.num_keys == len(k_KGD)) for x in (k, v))
@@ -102,6 +117,46 @@ class CpuAten:
                     else:
                         total.narrow(2, *rows).add_(part)
         return _rows_first(dq), _rows_first(dk), _rows_first(dv)
+
+
+def _forward_in_order(
+    plan: _Plan, q_1HQD: Tensor, k_1GKD: Tensor, v_1GKD: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`CpuAten.forward` when the pieces cut everything up: views and results in one operator each, not one per document."""
+    q_sizes, k_sizes = _sizes(plan)
+    cut = zip(q_1HQD.split(q_sizes, 2), k_1GKD.split(k_sizes, 2), v_1GKD.split(k_sizes, 2), plan.pieces, strict=True)
+    results = []
+    for q, k, v, piece in cut:
+        call = piece.calls[0]
+        results.append(_forward(q, k, v, 0.0, call.causal, attn_mask=_mask(q, k, call.window), scale=scale))
+    if len(results) == 1:
+        out, lse = results[0]
+        return _rows_first(out), lse[0]
+    # the kernel writes row after row, so that its results follow each other in memory
+    return torch.cat([_rows_first(out) for out, _ in results]), torch.cat([lse for _, lse in results], 2)[0]
+
+
+def _backward_in_order(
+    plan: _Plan, by_query: tuple[Tensor, ...], by_key: tuple[Tensor, ...], scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`CpuAten.backward` likewise, of (dout, q, out, log-sum-exp) and (k, v)."""
+    q_sizes, k_sizes = _sizes(plan)
+    queries, keys = [x.split(q_sizes, 2) for x in by_query], [x.split(k_sizes, 2) for x in by_key]
+    parts = []
+    for dout, q, out, lse, k, v, piece in zip(*queries, *keys, plan.pieces, strict=True):
+        call = piece.calls[0]
+        mask = _mask(q, k, call.window)
+        parts.append(_backward(dout, q, k, v, out, lse, 0.0, call.causal, attn_mask=mask, scale=scale))
+    if len(parts) == 1:
+        dq, dk, dv = (_rows_first(x) for x in parts[0])
+    else:
+        dq, dk, dv = (torch.cat([_rows_first(part[i]) for part in parts]) for i in range(3))
+    return dq, dk, dv
+
+
+def _sizes(plan: _Plan) -> tuple[list[int], list[int]]:
+    """Rows of each piece: queries and keys."""
+    return [piece.q.size for piece in plan.pieces], [piece.calls[0].k.size for piece in plan.pieces]
 
 
 def _attend(
@@ -150,10 +205,13 @@ def _mask(q_1HnD: Tensor, k_1GmD: Tensor, window: int | None) -> Tensor | None:
 @lru_cache(maxsize=64)
 def _plan(segments: Segments) -> _Plan:
     pieces = tuple(piece for row in segments.rows for piece in _pieces(row, segments))
-    keys = sorted(call.k for piece in pieces for call in piece.calls)
+    keys = [call.k for piece in pieces for call in piece.calls]
+    ascending, keys = keys == sorted(keys), sorted(keys)
     apart = all(a.start + a.size <= b.start for a, b in pairwise(keys))
     once = apart and all(len(piece.calls) == 1 for piece in pieces)
-    return _Plan(pieces, sum(piece.q.size for piece in pieces), sum(rows.size for rows in keys), once)
+    return _Plan(
+        pieces, sum(piece.q.size for piece in pieces), sum(rows.size for rows in keys), once, once and ascending
+    )
 
 
 def _pieces(row: Segment, segments: Segments) -> Iterator[_Piece]:
