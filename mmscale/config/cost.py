@@ -14,9 +14,10 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
+from mmscale.config.flops import PartWork, audio_work, connector_work, vision_work
 from mmscale.config.llm import read_llm_sizes
-from mmscale.config.schema import Config, CostConfig, LlmConfig, ModelConfig, PartConfig, PartsConfig, TowerConfig
-from mmscale.config.specs import connector_stride, mlp_depth, tower_config, vision_grid
+from mmscale.config.schema import Config, CostConfig, LlmConfig, ModelConfig, PartConfig, PartsConfig
+from mmscale.config.specs import tower_config
 from mmscale.errors import ConfigError, DataError
 from mmscale.types import MediaSpecs
 
@@ -49,13 +50,15 @@ def pack_cost(
     trained = {name: _is_trained(getattr(parts, name) if parts else None) for name in PartsConfig.model_fields}
     cost = {"token": llm * (6 if trained["llm"] else 4), "pair": 3.0 * pair}
     if model.vision is not None and specs.image is not None:
-        tower, hidden = _vision_flops(model.vision)
-        stride = connector_stride(model.vision.connector)
-        connector = specs.image.tokens * _connector_weights(model.vision.connector, hidden * stride**2, width)
+        raw = tower_config(model.vision, "model.vision")
+        tower = vision_work(raw, model.vision.select_layer)
+        connector = connector_work(model.vision.connector, int(raw["hidden_size"]), width, specs.image.tokens)
         cost["vision_input"] = _media_flops(tower, connector, trained["vision"], trained["vision_connector"])
     if model.audio is not None and specs.audio is not None:
-        tower, hidden = _audio_flops(model.audio, specs.audio.window_samples, specs.audio.tokens)
-        connector = specs.audio.tokens * _connector_weights(model.audio.connector, hidden, width)
+        raw, rows = tower_config(model.audio, "model.audio"), specs.audio.tokens
+        tower = audio_work(raw, model.audio.select_layer, specs.audio.window_samples, rows)
+        hidden = int(raw["d_model" if raw["model_type"] == "whisper" else "hidden_size"])
+        connector = connector_work(model.audio.connector, hidden, width, rows)
         cost["audio_input"] = _media_flops(tower, connector, trained["audio"], trained["audio_connector"])
     return CostConfig(**cost)
 
@@ -147,10 +150,10 @@ def _is_trained(part: PartConfig | None) -> bool:
     return part is None or part.tune != "frozen"
 
 
-def _media_flops(tower: float, connector: float, tower_trained: bool, connector_trained: bool) -> float:
-    """FLOPs of one tower input from its forward FLOPs in the tower and multiplications in the connector."""
-    backward = 6 if connector_trained else 4 if tower_trained else 2
-    return tower * (3 if tower_trained else 1) + connector * backward
+def _media_flops(tower: PartWork, connector: PartWork, tower_trained: bool, connector_trained: bool) -> float:
+    """FLOPs of one tower input, rounded up to whole passes through a part."""
+    passes = 3 if connector_trained else 2 if tower_trained else 1
+    return tower.forward * (3 if tower_trained else 1) + connector.forward * passes
 
 
 def _llm_flops(llm: LlmConfig, vocab_size: int | None) -> tuple[float, int, float]:
@@ -163,51 +166,3 @@ def _llm_flops(llm: LlmConfig, vocab_size: int | None) -> tuple[float, int, floa
         )
     weights = sizes.layers * (sizes.attention_weights + sizes.mlp_weights) + sizes.width * rows
     return float(weights), sizes.width, 2.0 * sizes.layers * sizes.heads * sizes.head_size
-
-
-def _vision_flops(part: TowerConfig) -> tuple[float, int]:
-    """(forward FLOPs of one image, width of the tower)."""
-    config = tower_config(part, "model.vision")
-    grid = vision_grid(config)
-    hidden, patch = int(config["hidden_size"]), grid.size // grid.side
-    inner = int(config.get("intermediate_size") or config.get("mlp_ratio", 4) * hidden)
-    layers = _layers_used(part, int(config["num_hidden_layers"]))
-    embedding = 2.0 * grid.side**2 * 3 * patch**2 * hidden
-    return embedding + layers * _encoder_layer(grid.side**2 + grid.prefix, hidden, inner), hidden
-
-
-def _audio_flops(part: TowerConfig, window_samples: int, frames: int) -> tuple[float, int]:
-    """(forward FLOPs of one window, width of the tower)."""
-    config = tower_config(part, "model.audio")
-    if config["model_type"] == "whisper":
-        hidden, inner = int(config["d_model"]), int(config.get("encoder_ffn_dim") or 4 * config["d_model"])
-        mel_bins = int(config["num_mel_bins"])
-        front = 2.0 * 3 * hidden * (2 * frames * mel_bins + frames * hidden)  # two convolutions of width 3
-        layers = _layers_used(part, int(config["encoder_layers"]))
-    else:
-        hidden = int(config["hidden_size"])
-        inner, layers = int(config.get("intermediate_size") or 4 * hidden), int(config["num_hidden_layers"])
-        kernels, strides = config["conv_kernel"], config["conv_stride"]
-        front, length, channels = 0.0, window_samples, 1
-        for kernel, stride, width in zip(kernels, strides, config.get("conv_dim", [512] * len(kernels)), strict=True):
-            length = (length - kernel) // stride + 1
-            front, channels = front + 2.0 * length * kernel * channels * width, width
-        front += 2.0 * frames * channels * hidden
-        layers = _layers_used(part, layers)
-    return front + layers * _encoder_layer(frames, hidden, inner), hidden
-
-
-def _encoder_layer(tokens: int, hidden: int, inner: int) -> float:
-    """Forward FLOPs of one transformer layer in which all tokens see each other."""
-    return 2.0 * tokens * (4 * hidden**2 + 2 * hidden * inner) + 4.0 * tokens**2 * hidden
-
-
-def _layers_used(part: TowerConfig, layers: int) -> int:
-    select = part.select_layer
-    return layers if select is None else select if select >= 0 else layers + 1 + select
-
-
-def _connector_weights(name: str, inputs: int, width: int) -> float:
-    """Matrix weights of a connector from `inputs` numbers per row to `width`."""
-    depth = mlp_depth(name) or (1 if name == "linear" else 2)
-    return float(inputs * width + (depth - 1) * width**2)

@@ -374,7 +374,8 @@ class RunConfig(Section):
         description="Go on in a run directory that was trained with other settings of the model or the optimization.",
     )
     peak_tflops: PositiveFloat | None = Field(
-        None, description="Peak TFLOP/s of one device, for the MFU figure; null = no MFU."
+        None,
+        description="Peak TFLOP/s of one device, for the MFU and HFU figures; null = that of a known GPU in bf16 (B200, H200, H100, A100), else none.",
     )
 
 

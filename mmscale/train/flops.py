@@ -1,55 +1,155 @@
-"""Floating-point operations of a training step, estimated from parameter counts and document lengths.
+"""Floating-point operations of a training step: what the training needs (for MFU) and what the devices do (for HFU).
 
-A matrix weight costs 2 operations per token forward and 4 backward (Kaplan et al. 2020, arXiv:2001.08361, section 2.1);
-causal attention over a document of L tokens adds 2 * L^2 * width forward and twice that backward, per layer. Frozen parts
-cost their forward pass. Recomputed activations are not counted: this is model FLOPs, as in MFU.
+A product costs its forward operations once more for the gradient of its weights, if they are trained, and once more for the
+gradient of its input, if anything before it is trained. A frozen tower therefore costs its forward pass alone, and a frozen
+language model above a trained connector forward and input gradients. Attention costs by the pairs of tokens that see each
+other: n (n + 1) / 2 in a document of n tokens, fewer with a sliding window, never across documents; its gradient costs twice
+the forward pass. The head is computed at targets only. As in PaLM (Chowdhery et al. 2022, arXiv:2204.02311, appendix B), the
+operations that a training needs leave recomputation out.
+
+The devices do more: attention kernels compute the scores again in the backward pass (FlashAttention-2, Dao 2023,
+arXiv:2307.08691, section 3.1: five products where the forward pass has two), checkpointed layers run forward twice, and a pack
+without a modality runs one empty input of it. What a kernel computes for pairs that do not see each other is not counted,
+nor is what parallel layouts add: the operations of a pack do not depend on how it is divided.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
-from torch import nn
-from transformers import PreTrainedModel
+import torch
 
+from mmscale.config.flops import LlmWork, PartWork, audio_work, connector_work, llm_work, vision_work
+from mmscale.config.schema import Config
+from mmscale.model.description import MmscaleConfig
 from mmscale.types import PackedBatch
+
+PEAK_TFLOPS: Mapping[str, float] = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "A100": 312.0}
+"""Dense bf16 peaks, by a part of the GPU's name, from NVIDIA's data sheets (SXM boards)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Flops:
+    """Operations forward and backward. `model`: what the training needs. `hardware`: what the devices do."""
+
+    model: float
+    hardware: float
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(self.model + other.model, self.hardware + other.hardware)
+
+    def __mul__(self, times: float) -> Flops:
+        return Flops(self.model * times, self.hardware * times)
 
 
 @dataclass(frozen=True, slots=True)
 class FlopModel:
-    """Operations per token of each part, and per squared document length of the LLM's attention."""
+    """Forward and backward operations of everything that a pack is made of.
 
-    per_llm_token: float
-    per_length_squared: float
-    per_media_row: Mapping[str, float]
+    token, target     of a position and of a row of logits
+    pairs             window (None = the whole document) -> of a pair of tokens that see each other
+    inputs            part (`vision`, `audio`) -> of a tower input; the key is absent when the model lacks the part
+    """
 
-    def pack(self, pack: PackedBatch) -> float:
-        """Operations of one pack, forward and backward."""
-        media = sum(self.per_media_row.get(m, 0.0) * int(b.num_tokens.sum()) for m, b in pack.media.items())
-        return self.per_llm_token * pack.num_tokens + self.per_length_squared * sum(n * n for n in pack.lengths) + media
+    token: Flops
+    target: Flops
+    pairs: Mapping[int | None, Flops]
+    inputs: Mapping[str, Flops]
+
+    def pack(self, pack: PackedBatch) -> Flops:
+        """Operations of one pack."""
+        total = self.token * pack.num_tokens + self.target * pack.num_targets
+        for window, flops in self.pairs.items():
+            total += flops * seen_pairs(pack.lengths, window)
+        for part, flops in self.inputs.items():
+            modalities = ("audio",) if part == "audio" else ("image", "video")
+            found = sum(len(pack.media[m].data) for m in modalities if m in pack.media)
+            total += flops * found if found else Flops(0.0, flops.hardware)
+        return total
 
 
-def _matrix_weights(module: nn.Module) -> int:
-    """Weights that take part in a matrix product: no embeddings (lookups), norms or biases."""
-    lookups = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-    return sum(p.numel() for p in module.parameters() if p.dim() > 1 and id(p) not in lookups)
+def seen_pairs(lengths: Sequence[int], window: int | None = None) -> int:
+    """Pairs (query, key) of causal attention in documents of these lengths; a token sees itself and `window - 1` before it.
+
+    Example:
+        >>> seen_pairs([3, 2]), seen_pairs([3, 2], window=1)
+        (9, 5)
+    """
+    if window is None:
+        return sum(n * (n + 1) // 2 for n in lengths)
+    return sum(near * (near + 1) // 2 + (n - near) * near for n in lengths for near in (min(n, window),))
 
 
-def flop_model(parts: Mapping[str, nn.Module], trainable: Sequence[str]) -> FlopModel:
-    """The estimate for a model made of named parts (`llm`, `vision`, `vision_connector`, ...)."""
-    llm = parts["llm"]
-    config = cast(PreTrainedModel, llm).config
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    width, layers = int(config.num_attention_heads) * int(head_size), int(config.num_hidden_layers)
+def flop_model(model: MmscaleConfig, trained: Collection[str], *, checkpointed: bool = False) -> FlopModel:
+    """The operations of a described model.
 
-    def per_row(name: str) -> float:
-        return (6 if name in trainable else 2) * _matrix_weights(parts[name])
+    Args:
+        trained: names of the parts that are trained, as in `train.parts`.
+        checkpointed: layers are computed again in the backward pass (`train.checkpoint_activations`).
 
-    per_row_of = {
-        modality: per_row(tower) + per_row(f"{tower}_connector")
-        for modality, tower in (("image", "vision"), ("video", "vision"), ("audio", "audio"))
-        if tower in parts
+    Raises ConfigError like `llm_sizes`.
+    """
+    llm = llm_work(model.text_config.to_dict(), int(model.text_config.vocab_size))
+    is_trained = "llm" in trained
+    attention = {window: _attention(pair, checkpointed=checkpointed) for window, pair in llm.pairs.items()}
+    inputs = {
+        part: _media(tower, connector, f"{part}_connector" in trained, part in trained, checkpointed)
+        for part, (tower, connector) in _encoders(model).items()
     }
-    return FlopModel(6.0 * _matrix_weights(llm), 6.0 * width * layers, per_row_of)
+    head = llm.head * (3 if is_trained else 2)
+    return FlopModel(_token(llm, is_trained, checkpointed), Flops(head, head), attention, inputs)
+
+
+def _token(llm: LlmWork, is_trained: bool, checkpointed: bool) -> Flops:
+    """Of one position: something before the language model, or its own embedding, always learns, so gradients pass it whole."""
+    needed = llm.token * (3 if is_trained else 2)
+    return Flops(needed, needed + (llm.token - llm.last if checkpointed else 0.0))
+
+
+def _attention(forward: float, *, checkpointed: bool) -> Flops:
+    return Flops(3 * forward, (4.5 if checkpointed else 3.5) * forward)
+
+
+def _media(
+    tower: PartWork, connector: PartWork, connector_trained: bool, tower_trained: bool, checkpointed: bool
+) -> Flops:
+    """Of one tower input."""
+    above = connector.forward
+    if connector_trained:
+        above += connector.forward + connector.linear
+    elif tower_trained:
+        above += connector.linear
+    if tower_trained:
+        above += connector.first
+    total = Flops(above + tower.forward, above + tower.forward)
+    if tower_trained:
+        learning = tower.first + 2 * tower.linear
+        again = tower.layers if checkpointed else 0.0
+        total += Flops(learning + 2 * tower.attention, learning + 2.5 * tower.attention + again)
+    return total
+
+
+def _encoders(model: MmscaleConfig) -> dict[str, tuple[PartWork, PartWork]]:
+    """Tower and connector of each encoder by part."""
+    width, specs = int(model.text_config.hidden_size), model.specs
+    found: dict[str, tuple[PartWork, PartWork]] = {}
+    if specs.image is not None and model.vision_connector is not None:
+        raw = model.vision_config.to_dict()
+        connector = connector_work(model.vision_connector, int(raw["hidden_size"]), width, specs.image.tokens)
+        found["vision"] = (vision_work(raw, model.vision_select_layer), connector)
+    if specs.audio is not None and model.audio_connector is not None:
+        raw, audio = model.audio_config.to_dict(), specs.audio
+        hidden = int(model.audio_config.hidden_size)
+        connector = connector_work(model.audio_connector, hidden, width, audio.tokens)
+        found["audio"] = (audio_work(raw, model.audio_select_layer, audio.window_samples, audio.tokens), connector)
+    return found
+
+
+def peak_flops(config: Config, device: torch.device) -> float | None:
+    """Peak operations per second of one device: `run.peak_tflops`, else of a known GPU in bf16; None = not known."""
+    known = config.run.peak_tflops
+    if known is None and device.type == "cuda" and config.train.dtype == "bf16":
+        name = torch.cuda.get_device_name(device)
+        known = next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    return None if known is None else known * 1e12

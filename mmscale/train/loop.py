@@ -23,6 +23,7 @@ from mmscale.parallel.sp.attention import check_same_plan
 from mmscale.redact import redact_values
 from mmscale.streaming.protocol import DataState, DataStep
 from mmscale.train.ahead import Ahead
+from mmscale.train.flops import peak_flops
 from mmscale.train.goodput import goodput_line, goodput_of
 from mmscale.train.guard import Guard, Judgement, Verdict, read_history
 from mmscale.train.heartbeat import Heartbeat
@@ -53,7 +54,7 @@ class StepTotals:
     stops    ranks that were asked to stop
     fenced   1 when another attempt owns the run directory
     written  ranks that have written their part of the checkpoint under way
-    mflop    millions of operations, forward and backward
+    mflop, hardware_mflop   millions of operations, see `Flops.model` and `Flops.hardware`
     """
 
     stops: int
@@ -64,6 +65,7 @@ class StepTotals:
     tokens: dict[str, int]
     target_tokens: dict[str, int]
     mflop: int
+    hardware_mflop: int
 
 
 def train(config: Config, mesh: Mesh, job: Job | None = None) -> None:
@@ -279,11 +281,12 @@ def agree(run: Run, batch: DataStep, job: Job, is_written: bool) -> StepTotals:
     own += [sum(p.tokens.get(kind, 0) for p in packs) for kind in KINDS]
     by_kind = [target_kinds(p) for p in packs]
     own += [sum(counts[kind] for counts in by_kind) for kind in KINDS]
-    own.append(sum(round(run.flops.pack(p) / 1e6) for p in packs))
+    flops = [run.flops.pack(p) for p in packs]
+    own += [round(sum(f.model for f in flops) / 1e6), round(sum(f.hardware for f in flops) / 1e6)]
     total = sum_ints(run.mesh, own)
     n = len(KINDS)
     tokens, targets = (dict(zip(KINDS, total[at : at + n], strict=True)) for at in (5, 5 + n))
-    return StepTotals(total[0], total[1], total[2], total[3], total[4], tokens, targets, mflop=total[-1])
+    return StepTotals(total[0], total[1], total[2], total[3], total[4], tokens, targets, total[-2], total[-1])
 
 
 def target_kinds(pack: PackedBatch) -> dict[str, int]:
@@ -317,7 +320,8 @@ def _metrics(
 ) -> StepMetrics:
     took = time.perf_counter() - clock.started
     tokens = sum(totals.tokens.values())
-    peak = run.config.run.peak_tflops
+    peak = peak_flops(run.config, run.mesh.device)
+    possible = None if peak is None else peak * run.mesh.world_size * took / 1e6
     sent, waited_s = run.mesh.meter.take()
     return StepMetrics(
         step=clock.step,
@@ -328,7 +332,8 @@ def _metrics(
         tokens=totals.tokens,
         target_tokens=totals.target_tokens,
         tokens_per_s=tokens / took,
-        mfu=None if peak is None else totals.mflop * 1e6 / took / (run.mesh.world_size * peak * 1e12),
+        mfu=None if possible is None else totals.mflop / possible,
+        hfu=None if possible is None else totals.hardware_mflop / possible,
         data_wait_frac=clock.waited / took,
         fill=tokens / (run.config.train.global_batch * run.config.data.seq_len),
         skipped=state.num_skipped,

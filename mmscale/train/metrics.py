@@ -35,10 +35,11 @@ class StepMetrics:
 
     `loss`: mean over the target tokens of the global batch. `tokens`: positions by what they hold. `target_tokens`: loss
     terms by the medium in their document (`text` = none). `fill`: useful tokens / (packs * seq_len). `skipped`: samples
-    drawn and not delivered so far in the run, for any reason. `mfu`: null unless `run.peak_tflops` is set. Times in seconds; the loader's share of the step
-    is `data_wait_frac`. `comm_bytes`: what rank 0 sent in the step, by kind, counted where it is sent; `comm_wait_s`: how long
-    rank 0 did nothing but wait for such a transfer. Both leave out what the engines send. `ended_at`: unix seconds. `attempt`:
-    token of the start of the run that made the step. A batch that was passed over has no `loss` and no `loss_hex`.
+    drawn and not delivered so far in the run, for any reason. `mfu`, `hfu`: operations that the training needs, and that the
+    devices do, over the peak of all devices; null where it is not known. Times in seconds; the loader's share of the step is
+    `data_wait_frac`. `comm_bytes`: what rank 0 sent in the step, by kind, counted where it is sent; `comm_wait_s`: how long rank
+    0 did nothing but wait for such a transfer. Both leave out what the engines send. `ended_at`: unix seconds. `attempt`: token
+    of the start of the run that made the step. A batch that was passed over has no `loss` and no `loss_hex`.
     """
 
     step: int
@@ -50,6 +51,7 @@ class StepMetrics:
     target_tokens: dict[str, int]
     tokens_per_s: float
     mfu: float | None
+    hfu: float | None
     data_wait_frac: float
     fill: float
     skipped: int
@@ -186,7 +188,8 @@ class Reporter:
             self._skips.write({"step": metrics.step, **skip})
         self._metrics.write(asdict(metrics))
         if self._curves is not None:
-            for name in ("loss", "grad_norm", "lr", "tokens_per_s", "fill", "data_wait_frac"):
+            names = ("loss", "grad_norm", "lr", "tokens_per_s", "fill", "data_wait_frac")
+            for name in names if metrics.mfu is None else (*names, "mfu", "hfu"):
                 self._curves.add(f"train/{name}", getattr(metrics, name), metrics.step)
             for kind, sent in metrics.comm_bytes.items():
                 self._curves.add(f"comm_bytes/{kind}", sent, metrics.step)
@@ -222,8 +225,9 @@ def step_line(m: StepMetrics) -> str:
     """The numbers of a step that a person watches, on one line."""
     tokens = " ".join(f"{name} {count}" for name, count in m.tokens.items() if count)
     loss = "passed over" if m.loss is None else f"loss {m.loss:.4f}"
+    mfu = "" if m.mfu is None else f"mfu {m.mfu:.1%} | "
     return (
-        f"{loss} | tokens {tokens} | {m.tokens_per_s:,.0f} tok/s | wait {m.data_wait_frac:.0%} | fill {m.fill:.1%} | "
+        f"{loss} | tokens {tokens} | {m.tokens_per_s:,.0f} tok/s | {mfu}wait {m.data_wait_frac:.0%} | fill {m.fill:.1%} | "
         f"norm {m.grad_norm:.2f} | lr {m.lr:.1e} | mem {m.memory_gb:.1f} GB | skipped {m.skipped}"
     )
 

@@ -208,7 +208,7 @@ def _assemble(config: Config, mesh: Mesh, choose: Callable[[], CheckpointReader 
     check_positions(model.llm.config, config.data.seq_len)
     if mesh.replica.size > 1:  # with the defaults of the family's configuration
         check_degrees(config.parallel, llm_sizes(model.llm.config.to_dict()), config.data.seq_len)
-    flops = flop_model(model.parts(), _trained_parts(config.train))
+    flops = flop_model(model.config, _trained_parts(config.train), checkpointed=config.train.checkpoint_activations)
     layouts: Mapping[str, ShardLayout] = {}
     if mesh.tensor.size > 1:
         layouts = shard_tensor(model, mesh, config.parallel)

@@ -143,6 +143,7 @@ def test_signals_save_and_exit_cleanly(straight, demo_data, tmp_path, number):
         "target_tokens",
         "tokens_per_s",
         "mfu",
+        "hfu",
         "data_wait_frac",
         "fill",
     }

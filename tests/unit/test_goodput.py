@@ -173,7 +173,7 @@ def test_every_history_adds_up(seed):
 def row(number, token, ended_at, took_s=1.0):
     return {
         "step": number, "loss": 2.5, "loss_hex": (2.5).hex(), "grad_norm": 1.0, "lr": 1e-3, "tokens": {"text": 10, "image": 5},
-        "target_tokens": {"text": 3}, "tokens_per_s": 15.0, "mfu": None, "data_wait_frac": 0.25, "fill": 0.5, "skipped": 0,
+        "target_tokens": {"text": 3}, "tokens_per_s": 15.0, "mfu": None, "hfu": None, "data_wait_frac": 0.25, "fill": 0.5, "skipped": 0,
         "step_time_s": took_s, "epoch": 0.1, "memory_gb": 1.0, "update_skipped": False, "comm_bytes": {}, "comm_wait_s": 0.0,
         "ended_at": T0 + ended_at, "attempt": token,
     }  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -125,6 +126,10 @@ def _drop_unused(model: PreTrainedModel, config: PretrainedConfig, select_layer:
     if unused_norm:
         parent, _, name = _FINAL_NORM[kind].rpartition(".")
         setattr(model.get_submodule(parent), name, nn.Identity())
+    if kind == "wav2vec2":
+        # In training mode it marks the samples as wanting a gradient: a frozen tower would run its whole backward pass.
+        extractor: Any = model.get_submodule("feature_extractor")
+        extractor._requires_grad = False
     if kind.startswith("dinov2"):
         # Only masked pre-training uses it.
         model.get_submodule("embeddings").register_parameter("mask_token", None)
