@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test check fix bench gpu clean
+.PHONY: setup demo test check fix bench gpu gpu-wheels clean
 setup: $(READY)
 
 # torch first and pinned: any later package that pulled its own torch would bring a CUDA build of several gigabytes.
@@ -47,10 +47,16 @@ fix: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks.run $(ONLY)
 
-# For a machine with a GPU, its own CUDA torch and no network: nothing is installed.
+# For a machine with a GPU, its own CUDA torch, triton and transformers, and no network; see docs/gpu-benchmarks.md.
+# Other packages that it lacks come from wheels/, which `make gpu-wheels` fills where there is a network.
+PART ?= all
+GPU_PYTHON ?= python3
 gpu:
-	PYTHONPATH=. python3 -m pytest -q tests/gpu
-	PYTHONPATH=. python3 -m benchmarks.run --device cuda step attention
+	$(GPU_PYTHON) -m benchmarks.gpu.wheels install build/gpu-site
+	PYTHONPATH=.:build/gpu-site:$(PYTHONPATH) $(GPU_PYTHON) -m benchmarks.gpu --part $(PART)
+
+gpu-wheels: $(READY)
+	$(BIN)/python -m benchmarks.gpu.wheels download
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info

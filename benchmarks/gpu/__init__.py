@@ -1,0 +1,1 @@
+"""What the kernels and a whole training step are worth on one CUDA GPU: `python -m benchmarks.gpu`, see docs/gpu-benchmarks.md."""
