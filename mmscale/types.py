@@ -87,7 +87,7 @@ class ImageSpec:
     `size`: side of the square tower input in pixels. `mode`: `resize` stretches, `square` scales the shortest side and
     cuts the centre, `pad` pads to a square with `fill` (RGB 0-255) and resizes; these give one input per image. `tiles` and
     `anyres` give several, see `mmscale.streaming.decode.tiling`. `tokens`: connector rows per input, P. `side`: rows per side
-    when they form a grid (`side * side == tokens`), 0 when class tokens stand among them.
+    when they form a grid (`side * side == tokens`), 0 when class tokens stand among them or rows were merged.
 
     `min_tiles`, `max_tiles`, `thumbnail`: of mode `tiles`. `grids` ((height, width) in pixels) and `merge`: of mode `anyres`.
     """

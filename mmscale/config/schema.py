@@ -45,7 +45,16 @@ class TowerConfig(Section):
     )
     connector: str = Field(
         "mlp2x_gelu",
-        description="Connector from tower to LLM width: linear, mlpNx_gelu, mlp_downsample, mlp_downsample_3x3.",
+        description="Connector from tower to LLM width: linear, mlpNx_gelu, mlp_downsample, mlp_downsample_3x3, token_merge (vision only; merges similar rows, then two layers like mlp2x_gelu).",
+    )
+
+
+class TokenMergeConfig(Section):
+    ratio: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
+        None, description="Share of the tower's rows of an image, tile or frame that is left, rounded up to whole rows."
+    )
+    tokens: PositiveInt | None = Field(
+        None, description="Rows of an image, tile or frame that are left; instead of `ratio`."
     )
 
 
@@ -53,6 +62,10 @@ class VisionConfig(TowerConfig):
     select_feature: Literal["patch", "cls_patch"] = Field(
         "patch",
         description="`patch` drops the tower's class and register tokens when it has some, `cls_patch` keeps them.",
+    )
+    token_merge: TokenMergeConfig | None = Field(
+        None,
+        description="How far `connector: token_merge` merges the most similar rows: exactly one of `ratio` and `tokens`.",
     )
 
 

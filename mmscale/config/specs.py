@@ -8,8 +8,10 @@ from transformers here.
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from mmscale.config.schema import (
     ImageDataConfig,
     ModelConfig,
     TilesConfig,
+    TokenMergeConfig,
     TowerConfig,
     VisionConfig,
 )
@@ -54,6 +57,7 @@ _STRIDES = {
     "mlp_downsample_2x2_fix": 2,
     "mlp_downsample_3x3": 3,
     "mlp_downsample_3x3_fix": 3,
+    "token_merge": 1,
 }
 _ANYRES_TILES = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 """The grids of LLaVA-NeXT in its order, (lines, columns) of tiles."""
@@ -104,6 +108,18 @@ def grid_rows(height: int, width: int, stride: int) -> int:
         196
     """
     return -(-height // stride) * -(-width // stride)
+
+
+def merged_rows(patches: int, merge: TokenMergeConfig) -> int:
+    """Rows of `patches` patches that the connector `token_merge` leaves: `tokens`, or `ratio` of them rounded up.
+
+    Example:
+        >>> merged_rows(729, TokenMergeConfig(ratio=0.5)), merged_rows(729, TokenMergeConfig(tokens=64))
+        (365, 64)
+    """
+    if merge.tokens is not None:
+        return merge.tokens
+    return math.ceil(Fraction(str(merge.ratio)) * patches)  # exact: 0.1 of 30 rows is 3 and not 4
 
 
 def media_specs(model: ModelConfig, data: DataConfig) -> MediaSpecs:
@@ -169,16 +185,50 @@ def _image_spec(part: VisionConfig, image: ImageDataConfig) -> ImageSpec:
     stride = connector_stride(part.connector)
     side, rows = -(-grid.side // stride), grid_rows(grid.side, grid.side, stride)
     if part.select_feature == "cls_patch" and grid.prefix:
-        if stride > 1:
+        if stride > 1 or part.connector == "token_merge":
             raise ConfigError(
-                f"model.vision.connector={part.connector} folds a grid of patches, which class tokens are not part of; "
+                f"model.vision.connector={part.connector} takes a grid of patches, which class tokens are not part of; "
                 f"found select_feature=cls_patch; set select_feature=patch or a connector without down-sampling"
             )
         side, rows = 0, rows + grid.prefix
+    merge = _token_merge(part, rows)
+    if merge is not None:
+        side, rows = 0, merged_rows(rows, merge)
     spec = ImageSpec(size=grid.size, tokens=rows, mode=image.mode, fill=image.fill, side=side)
     if image.mode == "tiles":
         return _with_tiles(spec, image.tiles)
-    return _with_grids(spec, image.anyres) if image.mode == "anyres" else spec
+    if image.mode != "anyres":
+        return spec
+    if merge is not None and image.anyres.merge != "flat":
+        raise ConfigError(
+            f"data.image.anyres.merge={image.anyres.merge} joins the tiles' grids of patches, which merged rows no longer form; "
+            f"found model.vision.connector=token_merge; set data.image.anyres.merge=flat, or a connector that keeps the grid"
+        )
+    return _with_grids(spec, image.anyres)
+
+
+def _token_merge(part: VisionConfig, patches: int) -> TokenMergeConfig | None:
+    """The settings of the connector `token_merge`, None with another one. Raises ConfigError when they do not belong together."""
+    merge = part.token_merge
+    if part.connector != "token_merge":
+        if merge is not None:
+            raise ConfigError(
+                f"model.vision.token_merge belongs to model.vision.connector=token_merge, found connector={part.connector}; "
+                f"remove the key or set the connector"
+            )
+        return None
+    if merge is None or (merge.ratio is None) == (merge.tokens is None):
+        found = "none" if merge is None or merge.ratio is None else f"ratio={merge.ratio:g} and tokens={merge.tokens}"
+        raise ConfigError(
+            f"model.vision.connector=token_merge: exactly one of model.vision.token_merge.ratio and .tokens is expected, "
+            f"found {found}; set one of them"
+        )
+    if merge.tokens is not None and merge.tokens > patches:
+        raise ConfigError(
+            f"model.vision.token_merge.tokens: at most the tower's {patches} rows per image are expected, "
+            f"found {merge.tokens}; lower it"
+        )
+    return merge
 
 
 def _with_tiles(spec: ImageSpec, tiles: TilesConfig) -> ImageSpec:
@@ -208,7 +258,7 @@ def _with_grids(spec: ImageSpec, anyres: AnyresConfig) -> ImageSpec:
 
 def _audio_spec(part: AudioConfig) -> AudioSpec:
     config = tower_config(part, "model.audio")
-    if connector_stride(part.connector) != 1:
+    if connector_stride(part.connector) != 1 or part.connector == "token_merge":
         raise ConfigError(
             f"model.audio.connector: a connector without down-sampling is expected (sound has no grid), "
             f"found {part.connector}; set linear or mlpNx_gelu"

@@ -45,7 +45,7 @@ def build_vision(config: MmscaleConfig, path: str | None = None) -> MediaEncoder
     if spec is None or config.vision_connector is None:
         return None
     tower = VisionTower(config, path)
-    connector = build_connector(config.vision_connector, tower.width, int(config.text_config.hidden_size))
+    connector = build_connector(config.vision_connector, tower.width, int(config.text_config.hidden_size), spec.tokens)
     return MediaEncoder(tower, connector, spec.tokens)
 
 
@@ -55,5 +55,5 @@ def build_audio(config: MmscaleConfig, path: str | None = None) -> MediaEncoder 
     if spec is None or config.audio_connector is None:
         return None
     tower = AudioTower(config, spec, path)
-    connector = build_connector(config.audio_connector, tower.width, int(config.text_config.hidden_size))
+    connector = build_connector(config.audio_connector, tower.width, int(config.text_config.hidden_size), spec.tokens)
     return MediaEncoder(tower, connector, spec.tokens)

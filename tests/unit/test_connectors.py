@@ -1,17 +1,28 @@
-"""Connectors: names, row counts, cell order on odd and non-square grids, VILA's and LLaVA's parameter names."""
+"""Connectors: names, row counts, cell order on odd and non-square grids, VILA's and LLaVA's parameter names; merged rows."""
 
+import json
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
-from mmscale.config.specs import _STRIDES, connector_stride, grid_rows
+from mmscale.config.schema import ImageDataConfig, TokenMergeConfig
+from mmscale.config.specs import _STRIDES, connector_stride, grid_rows, media_specs, merged_rows
 from mmscale.errors import ConfigError
+from mmscale.model.composite import build_model
 from mmscale.model.connectors.build import CONNECTORS, SpaceToDepth, build_connector
+from mmscale.model.connectors.token_merge import TokenMergeConnector, rows_by_round
+from mmscale.model.convert import export_plan
+from mmscale.model.description import describe
+from mmscale.model.hub import MmscaleForConditionalGeneration
+from mmscale.streaming.decode.tiling import image_layout
 
-NAMES = [*_STRIDES, "mlp1x_gelu", "mlp2x_gelu", "mlp5x_gelu"]
+NAMES = [*(name for name in _STRIDES if name != "token_merge"), "mlp1x_gelu", "mlp2x_gelu", "mlp5x_gelu"]
 
 
 def test_sizes_and_classes_know_the_same_names():
-    assert set(CONNECTORS) == set(_STRIDES)
+    assert {*CONNECTORS, "token_merge"} == set(_STRIDES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -96,3 +107,173 @@ def test_mlp_equals_its_formula(seed):
 def test_unknown_names_are_refused_with_the_list(name):
     with pytest.raises(ConfigError, match="mlp_downsample_3x3"):
         build_connector(name, 4, 4)
+
+
+@pytest.mark.parametrize("patches", [1, 2, 5, 16, 27, 64, 729])
+def test_rounds_merge_at_most_half_and_end_where_asked(patches):
+    for rows in range(1, patches + 1):
+        counts = [patches, *rows_by_round(patches, rows)]
+        assert counts[-1] == rows
+        assert all(0 < before - after <= before // 2 for before, after in zip(counts[:-1], counts[1:], strict=True))
+
+
+def test_the_ratio_is_rounded_up_exactly():
+    for ratio, patches, rows in ((0.5, 729, 365), (0.1, 30, 3), (0.7, 10, 7), (1.0, 16, 16), (0.001, 16, 1)):
+        assert merged_rows(patches, TokenMergeConfig(ratio=ratio)) == rows
+    assert merged_rows(16, TokenMergeConfig(tokens=5)) == 5
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 7, 9, 20])
+@pytest.mark.parametrize("num", [1, 3])
+def test_token_merge_gives_the_planned_rows_and_gradients(rows, num, seed):
+    torch.manual_seed(seed)
+    connector = build_connector("token_merge", 6, 10, rows)
+    x = torch.randn(num, 20, 6, requires_grad=True)
+    y = connector(x, (4, 5))
+    assert y.shape == (num, rows, 10)
+    y.square().sum().backward()
+    assert (x.grad.abs().sum(2) > 0).all(), "every patch is in some row"
+    assert all(p.grad is not None for p in connector.parameters())
+    assert list(connector.state_dict()) == ["0.weight", "0.bias", "2.weight", "2.bias"], "those of mlp2x_gelu"
+    alone = torch.cat([connector(x[i : i + 1], (4, 5)) for i in range(num)])
+    torch.testing.assert_close(y, alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_patches_merge_and_the_order_stays(dtype, seed):
+    """Pairs of one feature each merge into it; what a row stands for does not depend on the rounds."""
+    torch.manual_seed(seed)
+    # directions far apart, so that no other pair is closer
+    distinct = torch.linalg.qr(torch.randn(2, 16, 16))[0][:, :12] * torch.rand(2, 12, 1).add(1)
+    x = distinct.repeat_interleave(2, dim=1).to(dtype)
+    connector = TokenMergeConnector(16, 4, 12).to(dtype)
+    assert torch.equal(connector.merged(x), distinct.to(dtype))
+    one = TokenMergeConnector(16, 4, 1).to(dtype).merged(x)
+    torch.testing.assert_close(
+        one[:, 0].double(), x.double().mean(1), atol=1e-6 if dtype == torch.float32 else 2e-2, rtol=0
+    )
+
+
+def test_matching_follows_autocast_and_rows_do_not(seed):
+    torch.manual_seed(seed)
+    connector, x = TokenMergeConnector(16, 4, 12), torch.randn(2, 24, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        merged = connector.merged(x)
+        assert connector(x, (4, 6)).dtype == torch.bfloat16
+    assert merged.dtype == torch.float32
+    rounded = TokenMergeConnector(16, 4, 12).merged(x.bfloat16())
+    assert torch.allclose(merged, rounded.float(), atol=0.05), "the same sets as from features in bf16"
+
+
+def merging(tiny_config, part=(("ratio", 0.5),), **keys):
+    """A tiny configuration with 16 patches per image."""
+    keys = {"connector": "token_merge", "token_merge": part if part is None else dict(part), **keys}
+    return tiny_config(vision={"image_size": 56}, vision_keys=keys, audio_keys={"connector": "mlp2x_gelu"})
+
+
+def specs_of(config, **image):
+    return media_specs(config.model, config.data.model_copy(update={"image": ImageDataConfig(**image)}))
+
+
+@pytest.mark.parametrize(
+    ("part", "rows"), [({"ratio": 0.5}, 8), ({"ratio": 0.3}, 5), ({"tokens": 3}, 3), ({"tokens": 16}, 16)]
+)
+def test_rows_are_known_from_the_configuration(part, rows, tiny_config, make_pack, seed):
+    config = merging(tiny_config, part)
+    specs = specs_of(config)
+    assert (specs.image.tokens, specs.image.side) == (rows, 0)
+    assert specs.rows_per_input("video") == rows
+    assert image_layout(specs_of(config, mode="tiles").image, 200, 100).num_tokens % rows == 0
+    flat = specs_of(config, mode="anyres", anyres={"merge": "flat"}).image
+    assert image_layout(flat, 112, 56).num_tokens == 3 * rows
+    model = build_model(config, 97, specs)
+    assert model.vision.rows == rows
+    pack = make_pack(specs, [[("text", 5), ("image", 1), ("video", 3), ("text", 4)], [("text", 3)]], seed)
+    model(pack).backward()
+    assert all(p.grad is not None for p in model.vision.parameters())
+    model.zero_grad(set_to_none=True)
+    model(make_pack(specs, [[("text", 9)]], seed)).backward()  # no image: one zero input, of which no row is used
+    assert all(p.grad is not None and not p.grad.any() for p in model.vision.parameters())
+
+
+@pytest.mark.parametrize(
+    ("keys", "image", "text"),
+    [
+        ({"part": None}, {}, "found none"),
+        ({"part": {}}, {}, "found none"),
+        ({"part": {"ratio": 0.5, "tokens": 3}}, {}, "ratio=0.5 and tokens=3"),
+        ({"part": {"tokens": 17}}, {}, "16 rows per image"),
+        ({"connector": "mlp2x_gelu"}, {}, "belongs to model.vision.connector=token_merge"),
+        ({}, {"mode": "anyres"}, "merged rows no longer form"),
+        ({}, {"mode": "anyres", "anyres": {"merge": "spatial"}}, "set data.image.anyres.merge=flat"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(keys, image, text, tiny_config):
+    with pytest.raises(ConfigError, match=text):
+        specs_of(merging(tiny_config, **keys), **image)
+
+
+def test_class_tokens_and_sound_are_refused(tiny_config):
+    keys = {"connector": "token_merge", "token_merge": {"ratio": 0.5}, "select_feature": "cls_patch"}
+    with pytest.raises(ConfigError, match="select_feature=patch"):
+        specs_of(tiny_config(vision={"model_type": "clip_vision_model"}, vision_keys=keys))
+    with pytest.raises(ConfigError, match="no grid"):
+        specs_of(tiny_config(audio_keys={"connector": "token_merge"}))
+
+
+def test_an_export_keeps_the_rows(tiny_config, make_pack, tmp_path, seed):
+    config = merging(tiny_config)
+    specs = specs_of(config)
+    model = build_model(config, 97, specs).eval()
+    described = describe(config.model, 97, specs, media_token_ids={"image": 90, "audio": 92}, template="plain")
+    with pytest.raises(ConfigError, match="connector is token_merge, not mlp2x_gelu"):
+        export_plan(described, "llava", drop=("audio",))
+    assert export_plan(described, "auto").target == "mmscale"
+    hub = MmscaleForConditionalGeneration(described)
+    hub.load_state_dict(model.state_dict())
+    hub.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["image_spec"]["tokens"] == 8
+    opened = MmscaleForConditionalGeneration.from_pretrained(tmp_path).eval()
+    pack = make_pack(specs, [[("text", 5), ("image", 1), ("text", 4)]], seed, vocab=90)
+    ids = pack.input_ids.clone()
+    ids[5:13] = 90
+    with torch.no_grad():
+        ours = model.logits(pack, torch.arange(pack.num_tokens))
+        theirs = opened(input_ids=ids[None], pixel_values=pack.media["image"].data).logits[0]
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_the_recipe_trains_and_is_exported(demo_data, tmp_path):
+    """Real images, clips and sound; the loss falls, and the rows that the data planned are those of the model."""
+    from mmscale.config.load import load_config
+    from mmscale.config.schema import ParallelConfig
+    from mmscale.parallel.mesh import init_mesh
+    from mmscale.train.consolidate import consolidate
+    from mmscale.train.loop import train
+
+    recipe, run = Path(__file__).parents[2] / "configs/recipes/digits_merged.yaml", tmp_path / "run"
+    words = [
+        *(
+            "train.steps=12",
+            "train.warmup_steps=2",
+            "train.lr=2e-3",
+            "data.seq_len=384",
+            "data.window=64",
+            "data.workers=0",
+        ),
+        *(
+            "eval.every=0",
+            "run.tensorboard=false",
+            "run.log_every=1",
+            "run.device=cpu",
+            f"data.root={demo_data}",
+            f"run.dir={run}",
+        ),
+    ]
+    config = load_config(recipe, words)
+    assert media_specs(config.model, config.data).image.tokens == 8
+    train(config, init_mesh(ParallelConfig(), "cpu"))
+    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 12 and np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
+    export = consolidate(run, tmp_path / "export")
+    assert json.loads((export.folder / "config.json").read_text())["vision_connector"] == "token_merge"

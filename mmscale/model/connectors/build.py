@@ -13,10 +13,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from mmscale.config.specs import connector_stride, mlp_depth
+from mmscale.model.connectors.token_merge import TokenMergeConnector
 from mmscale.registry import Registry
 
 CONNECTORS: Registry[type[nn.Module]] = Registry("connector")
-"""Connector classes by name, each called as `cls(in_width, out_width)`; `mlpNx_gelu` is parsed, not listed."""
+"""Connector classes by name, each called as `cls(in_width, out_width)`; `mlpNx_gelu` is parsed and `token_merge` takes more."""
 
 
 class MlpConnector(nn.Sequential):
@@ -96,13 +97,19 @@ class Downsample3x3(_Downsample):
         )
 
 
-def build_connector(name: str, in_width: int, out_width: int) -> nn.Module:
+def build_connector(name: str, in_width: int, out_width: int, rows: int | None = None) -> nn.Module:
     """A connector with random weights, from `in_width` tower channels to `out_width`.
+
+    Args:
+        rows: per input, for `token_merge` alone; those of the others follow from the grid.
 
     Raises:
         ConfigError: an unknown name; the text lists the known ones.
     """
     connector_stride(name)  # refuses unknown names with the list
+    if name == "token_merge":
+        assert rows is not None, "token_merge merges to a given number of rows"
+        return TokenMergeConnector(in_width, out_width, rows)
     depth = mlp_depth(name)
     if depth is not None:
         return MlpConnector(in_width, out_width, depth)

@@ -1,0 +1,67 @@
+"""The connector `token_merge`: the most similar rows of an image or frame merge, then two linear layers.
+
+Shapes: N tower inputs, P patches, R rows that are left, C tower width, D language-model width.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import nn
+
+from mmscale.kernels.token_merge import merge, plan_merges
+
+
+def rows_by_round(patches: int, rows: int) -> list[int]:
+    """Rows after each round of merging, the last one `rows`: the fewest rounds, each with about the same share left.
+
+    A round can merge half of its rows at most. Sharing the merges out lets each round choose the most similar ones.
+
+    Example:
+        >>> rows_by_round(729, 365), rows_by_round(729, 128), rows_by_round(5, 5)
+        ([365], [408, 229, 128], [])
+    """
+    rounds, least = 0, patches
+    while least > rows:
+        rounds, least = rounds + 1, -(-least // 2)
+    left: list[int] = []
+    for done in range(1, rounds + 1):
+        now = left[-1] if left else patches
+        even = round(patches * (rows / patches) ** (done / rounds))
+        left.append(min(max(-(-now // 2), even), rows << (rounds - done)))
+    return left
+
+
+class TokenMergeConnector(nn.Sequential):
+    """Merges the P rows of every input to `rows` by similarity (`mmscale.kernels.token_merge`), then Linear, GELU, Linear.
+
+    Cosines are taken of the features themselves, without gradient; a merged row is the plain mean of the tower's rows in it.
+    The order of the rows stays that of the grid. Parameters `0.*` and `2.*` as in `mlp2x_gelu`, whose weights fit.
+    """
+
+    def __init__(self, in_width: int, out_width: int, rows: int) -> None:
+        super().__init__(nn.Linear(in_width, out_width), nn.GELU(), nn.Linear(out_width, out_width))
+        self.rows = rows
+
+    def forward(self, features_NPC: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:  # type: ignore[override]
+        """[N, R, D]; inputs do not mix."""
+        return cast(torch.Tensor, super().forward(self.merged(features_NPC)))
+
+    def merged(self, features_NPC: torch.Tensor) -> torch.Tensor:
+        """The merged features [N, R, C], of the type of the features."""
+        num, patches, width = features_NPC.shape
+        x, sizes = features_NPC.reshape(-1, width), None
+        for left in rows_by_round(patches, self.rows):
+            borders = torch.arange(num + 1, dtype=torch.int32, device=x.device) * patches
+            merges = torch.full((num,), patches - left, dtype=torch.int32, device=x.device)
+            plan = plan_merges(_metric(x), borders, merges, patches, num * left)
+            x, sizes = merge(x, plan, sizes)
+            patches = left
+        return x.view(num, patches, width)
+
+
+def _metric(x: torch.Tensor) -> torch.Tensor:
+    """What is matched: under autocast of its type, like the factors of other matrix products."""
+    kind = x.device.type
+    return x.detach().to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x.detach()

@@ -1,0 +1,80 @@
+"""Token merging: widths of SigLIP so400m (1152), CLIP ViT-L (1024) and one that 16 does not divide (72), bf16 and fp32."""
+
+from gate import Variant
+
+INDEX = {name: "*i32" for name in ("cu_seqlens", "merges", "cu_out", "ptr", "is_valid", "target", "slot", "lst")}
+
+
+def index(*names):
+    return {name: INDEX[name] for name in names}
+
+
+def _match(width, kind, rows, columns, depth, warps, divisible):
+    return Variant(
+        f"token_merge match {kind} C{width} {rows}x{columns}x{depth}{' /16' if divisible else ''}",
+        "token_merge.match_kernel",
+        {"metric": f"*{kind}", **index("cu_seqlens", "merges", "target"), "score": "*fp32", "tiles": "i32"},
+        {"C": width, "BM": rows, "BN": columns, "BK": depth, "WIDEN": False},
+        divisible=("tiles",) if divisible else (),
+        num_warps=warps,
+        tensor_cores=kind == "bf16",
+    )
+
+
+def _merge(width, kind, block, warps, has_sizes, is_mean):
+    name = f"token_merge {'merge' if is_mean else 'unmerge backward'} {kind} C{width}{' sizes' if has_sizes else ''}"
+    types = {"x": f"*{kind}", "sizes": "*fp32", **index("ptr", "lst"), "rows": f"*{kind}", "totals": "*fp32"}
+    constants = {"C": width, "BC": block, "HAS_SIZES": has_sizes, "IS_MEAN": is_mean}
+    return Variant(name, "token_merge.merge_kernel", types, constants, num_warps=warps, wide=width >= 256)
+
+
+def _spread(width, kind, block, warps, has_sizes, is_mean):
+    name = f"token_merge {'merge backward' if is_mean else 'unmerge'} {kind} C{width}{' sizes' if has_sizes else ''}"
+    types = {"rows": f"*{kind}", "sizes": "*fp32", "totals": "*fp32", "slot": "*i32", "x": f"*{kind}"}
+    constants = {"C": width, "BC": block, "HAS_SIZES": has_sizes, "IS_MEAN": is_mean}
+    return Variant(name, "token_merge.spread_kernel", types, constants, num_warps=warps, wide=width >= 256)
+
+
+def _segments(divisible):
+    counts = ("num_segments", "num_in", "num_out", "max_len")
+    return Variant(
+        f"token_merge segments{' /16' if divisible else ''}",
+        "token_merge.segments_kernel",
+        {**index("cu_seqlens", "merges", "cu_out", "ptr", "is_valid"), **dict.fromkeys(counts, "i32")},
+        {"BLOCK": 256},
+        divisible=counts if divisible else (),
+    )
+
+
+def _by_tiles(name, pointers, divisible):
+    types = index(*pointers) | ({"score": "*fp32"} if name == "rank" else {}) | {"tiles": "i32"}
+    return Variant(
+        f"token_merge {name}{' /16' if divisible else ''}",
+        f"token_merge.{name}_kernel",
+        types,
+        {"BM": 64, "BN": 32},
+        divisible=("tiles",) if divisible else (),
+    )
+
+
+VARIANTS = [
+    *(_segments(divisible) for divisible in (False, True)),
+    _match(1152, "bf16", 64, 64, 64, 4, False),
+    _match(1152, "bf16", 64, 64, 64, 4, True),
+    _match(1152, "bf16", 128, 128, 64, 8, False),
+    _match(72, "bf16", 64, 64, 64, 4, False),
+    _match(72, "bf16", 128, 128, 64, 8, False),
+    _match(1152, "fp32", 32, 32, 32, 4, False),
+    _match(72, "fp32", 32, 32, 32, 4, False),
+    *(_by_tiles("rank", ("cu_seqlens", "merges", "target"), divisible) for divisible in (False, True)),
+    *(
+        _by_tiles("place", ("cu_seqlens", "cu_out", "target", "slot", "ptr", "lst"), divisible)
+        for divisible in (False, True)
+    ),
+    *(
+        make(width, kind, block, warps, *flags)
+        for make in (_merge, _spread)
+        for width, kind, block, warps in ((1152, "bf16", 512, 2), (1152, "fp32", 512, 2), (72, "bf16", 128, 1))
+        for flags in ((True, True), (False, True), (False, False))
+    ),
+]
