@@ -87,7 +87,7 @@ def test_engine_equals_plain_torch(ranks, stage, world_size, optimizer, clip, ac
     assert loss <= 1e-5 and norm <= 1e-5 and weight <= 1e-5, (loss, norm, weight)
 
 
-@pytest.mark.parametrize(("optimizer", "clip", "accumulation"), [("sgd", 0.0, 4), ("adamw", CLIP, 2)])
+@pytest.mark.parametrize(("optimizer", "clip", "accumulation"), [("sgd", 0.0, 4), ("adamw", CLIP, 2), ("sgd", 1e3, 1)])
 def test_single_engine_equals_plain_torch(optimizer, clip, accumulation, seed) -> None:
     mesh = init_mesh(ParallelConfig(), "cpu", Launch())
     runs = [engine_run(mesh, 0, optimizer, clip, accumulation, seed)]

@@ -55,8 +55,9 @@ class SingleEngine(EngineBase):
         grad_norm = norm.item()
         skipped = not math.isfinite(grad_norm)
         if not skipped:
-            if self._spec.train.clip > 0:
-                clip_grads_with_norm_(params, self._spec.train.clip, norm)
+            clip = self._spec.train.clip
+            if 0 < clip < grad_norm + 1e-6:  # else torch's factor, clip / (norm + 1e-6) but at most 1, is 1
+                clip_grads_with_norm_(params, clip, norm)
             self._optimizer.step()
             self._num_updates += 1
         self._optimizer.zero_grad(set_to_none=True)
