@@ -38,7 +38,7 @@ def ckpt_sync_blocked_frac(settings: Settings) -> Result:
 
 def ledger_overhead_frac(settings: Settings) -> Result:
     """Share of a step that its records take: metrics, ledger, TensorBoard, heartbeat, the look at OWNER."""
-    write_data(settings, "skewed")
+    write_data(settings)
     config = run_config(settings, workers=1, steps=WARM_UP + 20)
     seconds: list[float] = []
     with timed(seconds, (Reporter, "step"), (Heartbeat, "phase"), (Attempt, "is_fenced")):
@@ -51,7 +51,7 @@ def ledger_overhead_frac(settings: Settings) -> Result:
 
 
 def _blocked(name: str, settings: Settings, *, async_save: bool, target: str) -> Result:
-    write_data(settings, "skewed")
+    write_data(settings)
     config = _large(run_config(settings, workers=1, steps=STEPS), async_save)
     train(config, init_mesh(config.parallel, config.run.device))
     saves = [row for row in _rows(config, "events.jsonl") if row["event"] == "save"]

@@ -77,9 +77,13 @@ class PaddedTrainer:
         self.model = _with_sdpa(build_model(config, vocab_size, encoder.specs)).to(device)
         self._optimizer = build_optimizer(param_groups(self.model, config.train), config.train)
 
+    def lengths(self) -> list[int]:
+        """Tokens of each row of the shards."""
+        return [int(n) for n in sample_lengths(self._shards, self._encoder).tokens]
+
     def batches(self, size: int, *, group_by_length: bool) -> list[list[int]]:
         """The rows of each batch of one epoch, in arrival order or as `group_by_length` of transformers orders them."""
-        lengths = sample_lengths(self._shards, self._encoder).tokens.tolist()
+        lengths = self.lengths()
         order = list(range(len(lengths)))
         if group_by_length:
             generator = torch.Generator().manual_seed(self._train.seed)

@@ -53,7 +53,7 @@ def step_dp2_ratio(settings: Settings) -> Result:
 
 def _race(settings: Settings, layouts: dict[str, Sequence[str]]) -> dict[str, Speed]:
     """The speed of one process (`one`) and of each layout of two, which take turns."""
-    write_data(settings, "skewed")
+    write_data(settings)
     config = run_config(settings, workers=0, steps=STEPS)
     path = settings.folder / "config.yaml"
     path.write_text(dump_config(_with_two_packs(config)), encoding="utf-8")

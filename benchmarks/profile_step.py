@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.result import Settings
 from benchmarks.run import RESULTS
-from benchmarks.step import opened, run_config, write_data
+from benchmarks.step import SIZES, opened, run_config, write_data
 from mmscale.streaming.loader import StepBatch
 from mmscale.train.setup import Run
 
@@ -34,7 +34,7 @@ GROUPS = {
         "aten::convolution_backward",
     ),
     "attention": ("flash_attention", "scaled_dot_product"),
-    "loss": ("softmax", "nll_loss"),
+    "loss": ("softmax", "nll_loss", "logsumexp", "cross_entropy"),
     "reading, tokenising, collating": ("DataLoader",),
     "optimizer and clipping": ("_fused_adamw", "_foreach"),
 }
@@ -61,8 +61,8 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="mmscale-bench-") as folder:
         settings = Settings("cpu", Path(folder))
-        write_data(settings, "skewed")
-        with opened(run_config(settings, workers=0)) as (run, _):
+        write_data(settings)
+        with opened(run_config(settings, workers=0, head_rows=SIZES["cpu"].head_rows)) as (run, _):
             steps = run.stream.steps()
             for _ in range(WARM_UP):
                 _step(run, steps)
