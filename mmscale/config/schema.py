@@ -326,6 +326,14 @@ class TrainConfig(Section):
     dtype: Literal["fp32", "bf16"] = Field(
         "bf16", description="Type of activations and matrix products; master weights and moments stay fp32."
     )
+    z_loss: Annotated[float, Field(ge=0.0)] = Field(
+        0.0,
+        description="Weight of the z-loss, log(Z)^2 per target with Z the sum of the exponentials of its logits: keeps logits near 0, PaLM took 1e-4. In the training loss, not in validation losses.",
+    )
+    loss_memory_mb: PositiveInt = Field(
+        4000,
+        description="Megabytes that the output head and the loss may take besides weights and gradients: logits exist for as many targets at a time as fit.",
+    )
     checkpoint_activations: bool = Field(
         False, description="Recompute layer activations in the backward pass (LLM and towers)."
     )

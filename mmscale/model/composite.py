@@ -1,13 +1,10 @@
 """The one composite model: towers and connectors, media placement, a Hugging Face language model, the summed loss.
 
 Single-device maths; parallelism lives outside. Every call goes through module forwards, so engines that shard parameters
-see all of them. Shapes: T tokens of the pack, Nt targets, M media rows, D width, V vocabulary.
+see all of them. Shapes: T tokens of the pack, N targets, M media rows, D width, V vocabulary.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import cast
 
 import torch
 from torch import nn
@@ -15,11 +12,12 @@ from transformers import PreTrainedModel
 
 from mmscale.config.schema import Config, LlmConfig, ModelConfig, TowerConfig
 from mmscale.errors import ConfigError
-from mmscale.kernels.cross_entropy import cross_entropy_sum
+from mmscale.kernels.linear_cross_entropy import take_rows
 from mmscale.kernels.placement import place_media
 from mmscale.model.batch import ModelBatch
 from mmscale.model.description import MmscaleConfig, describe
 from mmscale.model.encoder import MediaEncoder, build_audio, build_vision
+from mmscale.model.llm.head import LossOptions, loss_head, put_loss_head
 from mmscale.model.llm.load import load_llm
 from mmscale.types import MediaSpecs, PackedBatch
 
@@ -27,19 +25,23 @@ from mmscale.types import MediaSpecs, PackedBatch
 class MultimodalLM(nn.Module):
     """A language model `llm` that reads rows of `vision` and `audio` encoders in the slots of its input.
 
-    `config` describes it completely and is what an export stores. `token_loss` sums the losses of rows of logits; tensor
-    parallelism replaces it by one over shares of the vocabulary.
+    `config` describes it completely and is what an export stores. The head of `llm` becomes a `LossHead`.
     """
 
     def __init__(
-        self, config: MmscaleConfig, llm: PreTrainedModel, vision: MediaEncoder | None, audio: MediaEncoder | None
+        self,
+        config: MmscaleConfig,
+        llm: PreTrainedModel,
+        vision: MediaEncoder | None,
+        audio: MediaEncoder | None,
+        loss: LossOptions = LossOptions(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__()
         self.config = config
         self.llm = llm
         self.vision = vision
         self.audio = audio
-        self.token_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = cross_entropy_sum
+        put_loss_head(llm, loss)
 
     def forward(self, batch: PackedBatch | ModelBatch) -> torch.Tensor:
         """The SUM of the token losses over the targets of the pack, or of the part of it, an fp32 scalar.
@@ -51,24 +53,19 @@ class MultimodalLM(nn.Module):
             ConfigError: media that the model has no encoder for.
         """
         batch = ModelBatch.of(batch) if isinstance(batch, PackedBatch) else batch
-        return self.token_loss(self.logits(batch), batch.labels[batch.target_idx])
+        rows_ND = take_rows(self._hidden(batch), batch.target_idx)
+        loss: torch.Tensor = loss_head(self.llm)(rows_ND, batch.labels[batch.target_idx])
+        return loss
 
     def logits(self, batch: PackedBatch | ModelBatch, positions: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits [Nt, V] at the targets, or at `positions` (int64); only these rows pass the output head.
+        """Logits [N, V] at the targets, or at `positions` (int64); only these rows pass the output head.
 
         Under tensor parallelism V is this rank's share of the vocabulary.
         """
         batch = ModelBatch.of(batch) if isinstance(batch, PackedBatch) else batch
-        embeds_TD = self._embed(batch)
         keep = batch.target_idx if positions is None else positions
-        out = self.llm(
-            inputs_embeds=embeds_TD[None],
-            position_ids=batch.position_ids.unsqueeze(-2),
-            use_cache=False,
-            logits_to_keep=keep,
-            pack=batch.attention,
-        )
-        return cast(torch.Tensor, out.logits.squeeze(0))
+        logits_NV: torch.Tensor = loss_head(self.llm)(self._hidden(batch).index_select(0, keep))
+        return logits_NV
 
     def parts(self) -> dict[str, nn.Module]:
         """The trainable parts by name, only those present: llm, vision, vision_connector, audio, audio_connector.
@@ -95,6 +92,17 @@ class MultimodalLM(nn.Module):
             name = "activation_checkpointing_enable"
             enable = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
             enable({"use_reentrant": False})
+
+    def _hidden(self, batch: ModelBatch) -> torch.Tensor:
+        """[T, D], what the head reads."""
+        out = self.llm.base_model(
+            inputs_embeds=self._embed(batch)[None],
+            position_ids=batch.position_ids.unsqueeze(-2),
+            use_cache=False,
+            pack=batch.attention,
+        )
+        hidden_TD: torch.Tensor = out.last_hidden_state.squeeze(0)
+        return hidden_TD
 
     def _embed(self, batch: ModelBatch) -> torch.Tensor:
         text_TD = self.llm.get_input_embeddings()(batch.input_ids)
@@ -130,13 +138,18 @@ def build_model(config: Config, vocab_size: int, specs: MediaSpecs) -> Multimoda
     description = describe(config.model, vocab_size, specs)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
-        model = skeleton(description, config.model).train()
+        loss = LossOptions(config.train.z_loss, config.train.loss_memory_mb * 1_000_000)
+        model = skeleton(description, config.model, loss).train()
     if config.train.checkpoint_activations:
         model.checkpoint_activations()
     return model
 
 
-def skeleton(description: MmscaleConfig, sources: ModelConfig | None = None) -> MultimodalLM:
+def skeleton(
+    description: MmscaleConfig,
+    sources: ModelConfig | None = None,
+    loss: LossOptions = LossOptions(),  # noqa: B008 - frozen
+) -> MultimodalLM:
     """The modules of a described model, with the weights of the folders in `sources`, else random ones.
 
     Under `torch.device("meta")` and without `sources` it costs no memory: names and shapes only.
@@ -150,4 +163,5 @@ def skeleton(description: MmscaleConfig, sources: ModelConfig | None = None) -> 
         llm=load_llm(description.text_config, path(sources.llm) if sources else None),
         vision=build_vision(description, path(sources.vision) if sources else None),
         audio=build_audio(description, path(sources.audio) if sources else None),
+        loss=loss,
     )

@@ -25,8 +25,6 @@ BUCKET_ELEMENTS = 50_000_000
 
 _FP32 = 4
 _MOMENTS = 8
-_LOSS_BYTES = 12
-"""Per logit: its log-probability, kept, and two gradients in the backward pass, all fp32."""
 
 
 def memory(work: Workload) -> dict[str, float]:
@@ -40,7 +38,7 @@ def memory(work: Workload) -> dict[str, float]:
         "optimizer": _optimizer(work),
         "engine buffers": _buffers(work),
         "activations": _activations(work),
-        "logits and loss": work.tokens * work.vocab / work.tensor * _LOSS_BYTES,
+        "logits and loss": _loss(work),
         "keys and values of other ranks": _collected_keys(work),
         "media": sum(_tower(work, name, tower) for name, tower in work.towers.items()),
     }
@@ -140,6 +138,16 @@ def _activations(work: Workload) -> float:
         return work.tokens * work.llm.layers * layer
     kept = work.llm.width * work.bytes_each / (work.tensor if work.tensor_sequence else 1)
     return work.tokens * (work.llm.layers * kept + layer)
+
+
+def _loss(work: Workload) -> float:
+    """Logits in fp32 and in the type of the products, of as many targets as the budget lets through at a time; the targets'
+    hidden states and their gradient; the gradient of the head on its way, added up in fp32."""
+    vocab = work.vocab / work.tensor
+    logits = work.tokens * vocab * (_FP32 + (work.bytes_each if work.is_bf16 else 0))
+    rows = 2 * work.tokens * work.llm.width * work.bytes_each
+    head = vocab * work.llm.width * (_FP32 + (work.bytes_each if work.is_bf16 else 0))
+    return min(logits, work.loss_memory_mb * 1e6) + rows + (head if work.parts["llm"].is_trained else 0)
 
 
 def _collected_keys(work: Workload) -> float:

@@ -47,7 +47,7 @@ class Workload:
     parts          part name -> size, whole and before any cut
     llm, vocab     sizes of the language model and rows of its head; `embeddings`: matrices of that many rows, 1 when tied
     towers         part name -> sizes of a tower; `media_inputs`: most inputs of each in a pack
-    is_bf16, checkpoint_activations, is_adam   as in `train`
+    is_bf16, checkpoint_activations, is_adam, loss_memory_mb   as in `train`
     """
 
     engine: Literal["single", "deepspeed", "fsdp"]
@@ -70,6 +70,7 @@ class Workload:
     is_bf16: bool
     checkpoint_activations: bool
     is_adam: bool
+    loss_memory_mb: int
 
     @property
     def sequence(self) -> int:
@@ -138,6 +139,7 @@ def make_workload(config: Config, world_size: int, model: ModelSizes, specs: Med
         is_bf16=train.dtype == "bf16",
         checkpoint_activations=train.checkpoint_activations,
         is_adam=train.optimizer == "adamw",
+        loss_memory_mb=train.loss_memory_mb,
     )
 
 

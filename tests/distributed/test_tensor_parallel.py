@@ -16,14 +16,13 @@ from torch.nn import functional as F
 
 from mmscale.config.schema import Config, ParallelConfig
 from mmscale.errors import ConfigError
-from mmscale.kernels.cross_entropy import cross_entropy_sum
+from mmscale.kernels.linear_cross_entropy import linear_cross_entropy_sum, reference
 from mmscale.model.composite import MultimodalLM
 from mmscale.parallel.layout import ShardLayout, chunks, whole_layout
 from mmscale.parallel.megatron import make_grid
 from mmscale.parallel.mesh import Mesh
 from mmscale.parallel.meter import CommMeter
-from mmscale.parallel.tensor.loss import vocab_parallel_cross_entropy_sum
-from mmscale.parallel.tensor.regions import TensorComm
+from mmscale.parallel.tensor.regions import TensorComm, enter
 from mmscale.parallel.tensor.shard import shard_tensor
 from mmscale.train.optim import param_groups
 from mmscale.types import IGNORE, PackedBatch
@@ -68,6 +67,7 @@ EXACT = ("phi, qk norms", "stablelm, 2 kv heads")
 def config_of(case: str) -> Config:
     config = tiny_config("llama").model_dump()
     config["model"]["llm"]["config"] = {**BASE, **CASES[case]}
+    config["train"]["z_loss"] = 1e-3
     return Config.model_validate(config)
 
 
@@ -126,10 +126,6 @@ def scale_of(name: str, grads: Mapping[str, torch.Tensor | None]) -> float:
     return max(float(grad.norm()) for n in names if (grad := grads.get(n)) is not None)
 
 
-def exact_loss(logits_NV: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(logits_NV, labels_N, reduction="sum")
-
-
 def run_case(pool: Mesh, tensor: int, case: str, seed: int, dtype: torch.dtype = torch.float32, **keys: Any) -> Any:
     mesh = grid(pool, tensor=tensor)
     whole, specs = tiny_model(config_of(case), dtype)
@@ -139,8 +135,6 @@ def run_case(pool: Mesh, tensor: int, case: str, seed: int, dtype: torch.dtype =
     for name, param in model.named_parameters():
         assert torch.equal(assembled(param, layouts.get(name), mesh), before[name]), name
     assert list(model.state_dict()) == list(whole.state_dict()), "a state dict holds something new"
-    if dtype == torch.float64:
-        whole.token_loss = exact_loss
     pack = tiny_pack(specs, seed)
     want, got = whole(pack), model(pack)
     want.backward()
@@ -187,47 +181,75 @@ def test_nothing_but_rounding_differs(ranks, tensor: int, seed: int) -> None:
     assert_equal(results, 1e-7, lambda case: 1e-12 if case in EXACT else 1e-6)
 
 
-def loss_cases(pool: Mesh, seed: int) -> list[str]:
-    """What is wrong with the loss over a divided vocabulary; () = nothing."""
-    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+LOSS_CASES = [
+    # rows, type, size of the logits, rows of a chunk, z-loss, bias
+    (7, torch.float32, 1.0, 100, 0.0, False),
+    (45, torch.float32, 2.0, 8, 1e-2, True),
+    (5, torch.float64, 300.0, 100, 0.0, True),
+    (33, torch.float64, 1.0, 8, 1e-2, True),
+    (160, torch.bfloat16, 2.0, 128, 1e-3, False),
+    (0, torch.float32, 1.0, 100, 1e-3, True),
+]
 
+
+def loss_cases(pool: Mesh, seed: int) -> list[str]:
+    """What is wrong with the loss over a divided vocabulary, against the undivided one in float64."""
     mesh = grid(pool, tensor=2)
     make_grid(2, 1, 60)  # megatron-core's loss asks its global state for the group
+    return [text for case in LOSS_CASES for text in loss_case(mesh, seed, *case)]
+
+
+def loss_case(
+    mesh: Mesh, seed: int, rows: int, dtype: torch.dtype, size: float, chunk: int, z_loss: float, has_bias: bool
+) -> list[str]:
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+    width, vocab, rank = 6, 24, mesh.tensor.rank
+    g = torch.Generator().manual_seed(seed + rows)
+    hidden, weight, bias = (
+        torch.randn(shape, generator=g).mul(s).to(dtype)
+        for shape, s in (((rows, width), 1.0), ((vocab, width), size * width**-0.5), ((vocab,), 1.0))
+    )
+    labels = torch.randint(0, vocab, (rows,), generator=g)
+    labels[:2] = torch.tensor([3, 20])[:rows]  # one in each share
+    exact = torch.promote_types(dtype, torch.float32)
+    logit_bytes = exact.itemsize + (dtype.itemsize if dtype != exact else 0)
+    memory = chunk * (vocab // 2 * logit_bytes + 2 * width * dtype.itemsize + 128)
+    meter = CommMeter()
+    own = [hidden.clone(), weight.chunk(2)[rank].clone(), bias.chunk(2)[rank].clone()]
+    own = [x.requires_grad_() for x in own]
+    comm = comm_of(mesh, meter)
+    got = linear_cross_entropy_sum(
+        *(enter(own[0], comm), own[1], labels),
+        bias_V=own[2] if has_bias else None, z_loss=z_loss, memory_bytes=memory, ranks=comm,
+    )  # fmt: skip
+    sent = dict(meter.num_calls), dict(meter.num_bytes)
+    (got * 0.5).backward()
+    whole = [x.double().requires_grad_() for x in (hidden, weight, bias)]
+    want = reference(whole[0], whole[1], labels, whole[2] if has_bias else None, z_loss)
+    (want * 0.5).backward()
+    limit = {torch.float32: 3e-6, torch.float64: 1e-12, torch.bfloat16: 6e-3}[dtype]
     wrong = []
-    for rows, dtype, size in (
-        (7, torch.float32, 1.0),
-        (5, torch.float64, 300.0),
-        (6, torch.bfloat16, 4.0),
-        (0, torch.float32, 1.0),
+    if (
+        abs(got.double() - want) > limit * max(abs(want), 1)
+        or got.dtype != exact
+        or not same_on_all(got.detach(), mesh)
     ):
-        g = torch.Generator().manual_seed(seed + rows)
-        logits, labels = (
-            torch.randn(rows, 24, generator=g).mul(size).to(dtype),
-            torch.randint(0, 24, (rows,), generator=g),
-        )
-        labels[:2] = torch.tensor([3, 20])[:rows]  # one in each share
-        meter = CommMeter()
-        own = logits.chunk(2, 1)[mesh.tensor.rank].clone().requires_grad_()
-        got = vocab_parallel_cross_entropy_sum(own, labels, comm_of(mesh, meter))
-        (got * 0.5).backward()
-        whole = logits.clone().requires_grad_()
-        want = exact_loss(whole, labels) if dtype == torch.float64 else cross_entropy_sum(whole, labels)
-        (want * 0.5).backward()
-        assert own.grad is not None and whole.grad is not None and own.grad.dtype == dtype
-        tolerance = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 5e-3}[dtype]
-        error = (
-            own.grad - whole.grad.chunk(2, 1)[mesh.tensor.rank]
-        ).float().norm() / whole.grad.float().norm().clamp_min(1e-9)
-        if abs(got - want) > min(tolerance, 1e-6) * max(abs(want), 1) or error > tolerance:
-            wrong.append(f"{rows} rows of {dtype}: {got} for {want}, gradient off by {error}")
-        if meter.num_calls != ({"tensor": 2} if rows else {}) or (
-            rows and meter.num_bytes["tensor"] != 3 * rows * max(4, dtype.itemsize)
-        ):
-            wrong.append(f"{rows} rows: {meter.num_calls} calls, {meter.num_bytes} bytes")
-        if rows and dtype == torch.float32:
-            theirs = vocab_parallel_cross_entropy(own.detach().clone()[:, None], labels[:, None]).sum()
-            if abs(theirs - got) > 1e-6 * got:
-                wrong.append(f"megatron gives {theirs}, found {got}")
+        wrong.append(f"{rows} rows of {dtype}: {got} for {want}")
+    for name, mine, full in zip(("hidden", "weight", "bias")[: 2 + has_bias], own, whole, strict=False):
+        assert mine.grad is not None and full.grad is not None and mine.grad.dtype == dtype
+        part = full.grad if name == "hidden" else full.grad.chunk(2)[rank]
+        error = (mine.grad.double() - part).norm() / part.norm().clamp_min(1e-30)
+        if error > limit:
+            wrong.append(f"{rows} rows of {dtype}: gradient of {name} off by {error}")
+    calls = 2 * -(-rows // chunk)
+    if sent != (({"tensor": calls}, {"tensor": 3 * rows * exact.itemsize}) if rows else ({}, {})):
+        wrong.append(f"{rows} rows: {sent[0]} calls for {calls}, {sent[1]} bytes")
+    if rows and dtype == torch.float32 and not z_loss:
+        logits = F.linear(own[0].detach(), own[1].detach())
+        theirs = vocab_parallel_cross_entropy(logits[:, None], labels[:, None]).sum()
+        if abs(theirs - got) > 1e-6 * got:
+            wrong.append(f"megatron gives {theirs}, found {got}")
     return wrong
 
 

@@ -29,6 +29,7 @@ def work(llm=LLAMA_8B, parameters=PARAMETERS_8B, **changes):
         engine="deepspeed", stage=1, data=1, tensor=1, ulysses=1, ring=1, sp="exchange", tensor_sequence=False, offload=False,
         seq_len=131072, packs=1, parts={"llm": PartSize(parameters, True)}, llm=llm_sizes(llm), vocab=llm["vocab_size"],
         embeddings=2, towers={}, media_inputs={}, is_bf16=True, checkpoint_activations=False, is_adam=True,
+        loss_memory_mb=4000,
     )  # fmt: skip
     return replace(base, **changes)
 

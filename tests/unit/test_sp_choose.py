@@ -84,7 +84,7 @@ def work_8b():
     return Workload(
         engine="deepspeed", stage=3, data=64, tensor=1, ulysses=1, ring=1, sp="exchange", tensor_sequence=False, offload=False,
         seq_len=131_072, packs=1, parts={"llm": PartSize(8_030_261_248, True)}, llm=LLM_8B, vocab=128_256, embeddings=2, towers={},
-        media_inputs={}, is_bf16=True, checkpoint_activations=True, is_adam=True,
+        media_inputs={}, is_bf16=True, checkpoint_activations=True, is_adam=True, loss_memory_mb=4000,
     )  # fmt: skip
 
 

@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 
 from mmscale.config.schema import ParallelConfig
 from mmscale.model.composite import MultimodalLM
+from mmscale.model.llm.head import LossHead
 from mmscale.parallel.layout import ShardLayout
 from mmscale.parallel.megatron import column_parallel, row_parallel, vocab_parallel_embedding
 from mmscale.parallel.mesh import Mesh
 from mmscale.parallel.tensor.layers import Reading, change_input, change_output
-from mmscale.parallel.tensor.loss import vocab_parallel_cross_entropy_sum
 from mmscale.parallel.tensor.plan import (
     EXPERT_CUTS,
     Heads,
@@ -73,7 +73,6 @@ def shard_tensor(model: MultimodalLM, mesh: Mesh, parallel: ParallelConfig) -> d
     sharder.open_regions(places)
     if parallel.tensor_sequence:
         sharder.share_tokens(places)
-    model.token_loss = partial(vocab_parallel_cross_entropy_sum, comm=comm)
     present = {id(param): name for name, param in model.named_parameters()}
     return {present[key]: layout for key, layout in sharder.layouts.items()}
 
@@ -145,9 +144,12 @@ class _Sharder:
         params, comm = _own(linear), self._comm
         weight, bias = params["weight"], params.get("bias")
         layout = linear_cut(style, weight.shape, self._heads, comm.rank, comm.size)
+        own_bias = None if bias is None or style is Style.ROW else self._cut(bias, bias_cut(layout))
+        if style is Style.HEAD:
+            assert isinstance(linear, LossHead), "the model's own head"
+            return LossHead(self._cut(weight, layout), own_bias, linear.options, comm)
         if style is Style.ROW:
             return row_parallel(self._cut(weight, layout), bias, comm, self._has_shares)
-        own_bias = None if bias is None else self._cut(bias, bias_cut(layout))
         copies = self._heads.copies(comm.size) if style is Style.KEY_VALUE else 1
         return column_parallel(self._cut(weight, layout), own_bias, comm, copies)
 
