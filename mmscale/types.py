@@ -222,7 +222,9 @@ class PackedBatch:
     labels        int64 [T], already shifted: `labels[t]` is the token that position t predicts, -100 = no target. The
                   last token of a document has none.
     target_idx    int64 [Nt], the positions with a target, ascending
-    source_index  int64 [T], row of `cat([text embeddings [T], image rows [N*P], video rows, audio rows])` for each position
+    source_index  int64 [T], row of `cat([text embeddings [T], image rows [N*P], video rows, audio rows])` for each position;
+                  its own position's row for text, and each media row stands at one position at most
+    media_positions  int32 [M], the inverse: where each of the M media rows stands, -1 = nowhere
     media         modality -> MediaBatch, only modalities that occur
     lengths       document lengths as host integers, the same facts as `cu_seqlens` without a device sync
     ids           sample ids in document order; `skipped` names those that are loss-masked filler
@@ -237,6 +239,7 @@ class PackedBatch:
     labels: torch.Tensor
     target_idx: torch.Tensor
     source_index: torch.Tensor
+    media_positions: torch.Tensor
     media: dict[Modality, MediaBatch]
     lengths: tuple[int, ...]
     ids: tuple[str, ...]

@@ -24,6 +24,7 @@ class ModelBatch:
     labels        int64 [L], -100 = no target
     target_idx    int64, positions of this part that have a target, ascending
     source_index  int64 [L], row of `cat([text embeddings [L], media rows])` for each position
+    media_positions  int32 [M], where each media row stands, -1 = nowhere: the inverse of `source_index`
     inputs        modality -> tower inputs that are encoded here, [N, ...]
     attention     how the tokens see each other
     route         encoded rows [M, W], in the order image, video, audio, to the media rows that `source_index` counts; None
@@ -35,6 +36,7 @@ class ModelBatch:
     labels: Tensor
     target_idx: Tensor
     source_index: Tensor
+    media_positions: Tensor
     inputs: Mapping[Modality, Tensor]
     attention: PackAttention
     route: Callable[[Tensor], Tensor] | None = field(default=None)
@@ -44,12 +46,13 @@ class ModelBatch:
         """A whole pack, with the attention kernel `kernel`."""
         inputs = {modality: media.data for modality, media in pack.media.items()}
         return cls(
-            pack.input_ids, pack.position_ids, pack.labels, pack.target_idx, pack.source_index, inputs, WholePack.of(pack, kernel)
+            pack.input_ids, pack.position_ids, pack.labels, pack.target_idx, pack.source_index, pack.media_positions, inputs,
+            WholePack.of(pack, kernel),
         )  # fmt: skip
 
     def to(self, device: torch.device | str) -> ModelBatch:
         """The same with every tensor on `device` (asynchronous from pinned memory)."""
-        names = ("input_ids", "position_ids", "labels", "target_idx", "source_index")
+        names = ("input_ids", "position_ids", "labels", "target_idx", "source_index", "media_positions")
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
         inputs = {modality: data.to(device, non_blocking=True) for modality, data in self.inputs.items()}
         return replace(self, inputs=inputs, **moved)

@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 from mmscale.config.schema import Config, LlmConfig, ModelConfig, TowerConfig
 from mmscale.errors import ConfigError
 from mmscale.kernels.linear_cross_entropy import take_rows
-from mmscale.kernels.placement import place_media
 from mmscale.model.batch import ModelBatch
 from mmscale.model.description import MmscaleConfig, describe
 from mmscale.model.encoder import MediaEncoder, build_audio, build_vision
 from mmscale.model.llm.head import LossOptions, loss_head, put_loss_head
+from mmscale.model.llm.embedding import embed_pack
 from mmscale.model.llm.load import load_llm
 from mmscale.types import MediaSpecs, PackedBatch
 
@@ -105,10 +105,9 @@ class MultimodalLM(nn.Module):
         return hidden_TD
 
     def _embed(self, batch: ModelBatch) -> torch.Tensor:
-        text_TD = self.llm.get_input_embeddings()(batch.input_ids)
         images = [batch.inputs[m] for m in ("image", "video") if m in batch.inputs]
         sounds = [batch.inputs["audio"]] if "audio" in batch.inputs else []
-        rows = [text_TD.new_zeros(0, text_TD.shape[1])]
+        rows: list[torch.Tensor] = []
         for name, encoder, data in (("vision", self.vision, images), ("audio", self.audio, sounds)):
             if encoder is None:
                 if data:
@@ -116,11 +115,14 @@ class MultimodalLM(nn.Module):
             elif data:
                 rows.append(encoder(torch.cat(data)).flatten(0, 1))
             else:  # none of its rows, but its parameters take part: sharded engines wait for them, and so does the route
-                rows.append(encoder.zero_rows(text_TD.device).flatten(0, 1)[:0])
-        media_MD = torch.cat([row.to(text_TD.dtype) for row in rows])
+                rows.append(encoder.zero_rows(batch.input_ids.device).flatten(0, 1)[:0])
+        embedding = self.llm.get_input_embeddings()
+        if not rows:
+            return cast(torch.Tensor, embedding(batch.input_ids))
+        media_MD = torch.cat(rows) if len(rows) > 1 else rows[0]
         if batch.route is not None:
             media_MD = batch.route(media_MD)
-        return place_media(text_TD, media_MD, batch.source_index)
+        return embed_pack(embedding, batch.input_ids, media_MD, batch.source_index, batch.media_positions)
 
 
 def build_model(config: Config, vocab_size: int, specs: MediaSpecs) -> MultimodalLM:

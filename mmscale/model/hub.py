@@ -22,7 +22,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mmscale.errors import DataError
-from mmscale.kernels.placement import place_media
+from mmscale.kernels.placement import media_positions, place_media
 from mmscale.model.description import MmscaleConfig
 from mmscale.model.encoder import build_audio, build_vision
 from mmscale.types import MODALITIES, EncodedMedia, MediaSpecs, Modality
@@ -103,20 +103,24 @@ class MmscaleForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _embed(self, ids_BS: torch.Tensor, media: dict[Modality, torch.Tensor]) -> torch.Tensor:
         """Embeddings [B, S, D] with the rows of each modality in its slots."""
         text_BSD = self.get_input_embeddings()(ids_BS)
+        if not media:
+            return text_BSD
         text_TD, ids_T = text_BSD.flatten(0, 1), ids_BS.flatten()
-        source_T = torch.arange(ids_T.numel(), device=ids_T.device)
+        source_T = torch.arange(ids_T.numel())
         first = ids_T.numel()
         for modality, rows_MD in media.items():
-            slots = (ids_T == self.config.media_token_ids.get(modality, -1)).nonzero().flatten()
+            slots = (ids_T == self.config.media_token_ids.get(modality, -1)).nonzero().flatten().cpu()
             if slots.numel() != rows_MD.shape[0]:
                 raise DataError(
                     f"{rows_MD.shape[0]} {modality} slots are expected for the given media, found {slots.numel()} in input_ids; "
                     f"write the slots of every item into the prompt"
                 )
-            source_T[slots] = torch.arange(first, first + rows_MD.shape[0], device=ids_T.device)
+            source_T[slots] = torch.arange(first, first + rows_MD.shape[0])
             first += rows_MD.shape[0]
-        media_MD = torch.cat([text_TD.new_zeros(0, text_TD.shape[1]), *media.values()])
-        return place_media(text_TD, media_MD, source_T).view_as(text_BSD)
+        media_MD = torch.cat(list(media.values()))
+        positions_M = media_positions(source_T, media_MD.shape[0])
+        places = (source_T.to(ids_T.device), positions_M.to(ids_T.device))
+        return place_media(text_TD, media_MD, *places).view_as(text_BSD)
 
     def _media_rows(
         self,

@@ -37,7 +37,7 @@ def collate(documents: Sequence[EncodedSample], specs: MediaSpecs, skipped: Sequ
     input_ids = torch.cat([d.input_ids for d in documents])
     is_target = torch.cat([d.is_target for d in documents])
     labels = _shifted_labels(input_ids, is_target, starts)
-    media, source_index = _place_media(documents, starts, specs, total=len(input_ids))
+    media, source_index, media_positions = _place_media(documents, starts, specs, total=len(input_ids))
     cu_seqlens = torch.zeros(len(documents) + 1, dtype=torch.int32)
     cu_seqlens[1:] = torch.from_numpy(np.cumsum(lengths))
     position_ids = np.arange(len(input_ids)) - np.repeat(starts, lengths)
@@ -48,6 +48,7 @@ def collate(documents: Sequence[EncodedSample], specs: MediaSpecs, skipped: Sequ
         labels=labels,
         target_idx=torch.nonzero(labels != IGNORE).flatten(),
         source_index=torch.from_numpy(source_index),
+        media_positions=torch.from_numpy(media_positions),
         media=media,
         lengths=tuple(lengths.tolist()),
         ids=tuple(d.id for d in documents),
@@ -67,8 +68,10 @@ def _shifted_labels(input_ids: torch.Tensor, is_target: torch.Tensor, starts: In
 
 def _place_media(
     documents: Sequence[EncodedSample], starts: Ints, specs: MediaSpecs, total: int
-) -> tuple[dict[Modality, MediaBatch], Ints]:
+) -> tuple[dict[Modality, MediaBatch], Ints, NDArray[np.int32]]:
+    """The media of the pack, the row that stands at each position, and the position of each media row (-1 = none)."""
     source_index = np.arange(total, dtype=np.int64)
+    positions = [np.zeros(0, np.int32)]
     media: dict[Modality, MediaBatch] = {}
     first_row = total
     for modality in MODALITIES:
@@ -83,9 +86,12 @@ def _place_media(
             row = np.arange(item.num_tokens) if item.rows is None else item.rows
             is_media = row >= 0
             source_index[slot : slot + item.num_tokens][is_media] = first_row + row[is_media]
+            own = np.full(count, -1, np.int32)
+            own[row[is_media]] = slot + np.flatnonzero(is_media)
+            positions.append(own)
             first_row += count
         media[modality] = batch
-    return media, source_index
+    return media, source_index, np.concatenate(positions)
 
 
 def _gather(items: list[tuple[int, EncodedMedia]], starts: Ints) -> MediaBatch:
@@ -110,6 +116,12 @@ def _check_rows(items: list[tuple[int, EncodedMedia]], documents: Sequence[Encod
             text = f"expected at most {rows} {item.modality} tokens inside {len(documents[i])} tokens of the document"
             where = f"found {item.num_tokens} at {item.slot} in {documents[i].id}"
             raise DataError(f"{text}, {where}; the encoder and the model's media specs disagree")
+        taken = [] if item.rows is None else item.rows[item.rows >= 0].tolist()
+        if len({*taken}) != len(taken):
+            raise DataError(
+                f"expected each of the {rows} {item.modality} rows at one token at most, found {len(taken)} tokens for "
+                f"{len({*taken})} rows at {item.slot} in {documents[i].id}; repair the encoder's map of rows"
+            )
 
 
 def _count_tokens(

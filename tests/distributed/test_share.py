@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mmscale.kernels.placement import media_positions
 from mmscale.types import IGNORE, MediaBatch, PackedBatch
 
 ROWS = {"image": 3, "video": 3, "audio": 4}
@@ -16,7 +17,7 @@ def towers():
 
 
 def random_pack(seed, with_media=True):
-    """A pack of random documents, in which some positions take media rows: some rows twice, some never."""
+    """A pack of random documents, in which some positions take media rows, in any order; some rows stand nowhere."""
     g = torch.Generator().manual_seed(seed)
 
     def draw(low, high):
@@ -29,8 +30,8 @@ def random_pack(seed, with_media=True):
     num_rows = sum(ROWS[m] * n for m, n in counts.items())
     source = torch.arange(total)
     if num_rows:
-        at = torch.randperm(total, generator=g)[: draw(0, total)]
-        source[at] = total + torch.randint(0, num_rows, at.shape, generator=g)
+        at = torch.randperm(total, generator=g)[: draw(0, min(total, num_rows) + 1)]
+        source[at] = total + torch.randperm(num_rows, generator=g)[: len(at)]
     labels = torch.randint(0, 50, (total,), generator=g)
     labels[torch.rand(total, generator=g) < 0.5] = IGNORE
     zero = torch.zeros(0, dtype=torch.int64)
@@ -42,6 +43,7 @@ def random_pack(seed, with_media=True):
         labels=labels,
         target_idx=(labels != IGNORE).nonzero().flatten(),
         source_index=source,
+        media_positions=media_positions(source, num_rows),
         media=media,
         lengths=lengths,
         ids=(),
@@ -71,23 +73,24 @@ def share_everywhere(pool, seed):
     for degrees in GRIDS[pool.world_size]:
         mesh = grid(pool, *degrees)
         sharing = Sharing(mesh, towers())
+        sent = 0
         for step, num_packs in enumerate((1, 3, 8)):
             whole = [planned(random_pack(seed + 100 * mesh.dp_rank + 10 * step + k), mesh) for k in range(num_packs)]
             places = [k for k in range(num_packs) if (step + k) % mesh.replica.size == mesh.replica.rank]
             shared = share_packs(sharing, [whole[k] for k in places], places, num_packs)
             assert len(shared.batches) == num_packs
+            sent += shared.sent_bytes
             for pack, batch, spans in zip(whole, shared.batches, shared.spans, strict=True):
                 want = split(pack, mesh.ulysses.size, mesh.ring.size, towers())[mesh.sequence.rank]
                 assert spans == want.spans
-                for name in ("input_ids", "position_ids", "labels", "target_idx", "source_index"):
+                for name in ("input_ids", "position_ids", "labels", "target_idx", "source_index", "media_positions"):
                     got = getattr(batch, name)
                     assert torch.equal(got, getattr(want, name)), (degrees, name)
                 assert batch.inputs.keys() == want.inputs.keys()
                 assert all(torch.equal(batch.inputs[m], want.inputs[m]) for m in want.inputs)
                 assert (batch.route is None) == (want.routing is None)
                 assert batch.attention.num_tokens == want.input_ids.numel()
-        sent, _ = mesh.meter.take()
-        assert sent["share"] > 0 and sent.keys() == {"share"}
+        assert sent > 0 and not mesh.meter.num_bytes, "the meter is the main thread's"
 
 
 def miscounted(pool):
@@ -124,7 +127,7 @@ def routed_gradients(pool, seed):
         ]  # what the composite's zero rows do
         media = torch.cat([*rows, *unused])
         media = media if getattr(batch, "route", None) is None else batch.route(media)
-        return place_media(table[batch.input_ids], media, batch.source_index)
+        return place_media(table[batch.input_ids], media, batch.source_index, batch.media_positions)
 
     worst, calls = 0.0, 0
     for degrees in GRIDS[pool.world_size]:

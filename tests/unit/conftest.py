@@ -5,6 +5,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from mmscale.config.schema import Config
+from mmscale.kernels.placement import media_positions
 from mmscale.types import IGNORE, MODALITIES, MediaBatch, PackedBatch
 
 VOCAB = 97
@@ -103,6 +104,7 @@ def _make_pack(specs, documents, seed, vocab=VOCAB, target_share=0.5):
         labels=labels,
         target_idx=(labels != IGNORE).nonzero().flatten(),
         source_index=source,
+        media_positions=media_positions(source, base - total),
         media=media,
         lengths=tuple(lengths),
         ids=tuple(f"d{i}" for i in range(len(lengths))),

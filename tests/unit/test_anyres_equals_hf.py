@@ -22,6 +22,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 
 from mmscale.config.schema import ImageDataConfig
 from mmscale.config.specs import extra_tokens, media_specs
+from mmscale.kernels.placement import media_positions
 from mmscale.model.composite import build_model
 from mmscale.model.convert import to_llava
 from mmscale.model.hub import MmscaleForConditionalGeneration
@@ -195,6 +196,7 @@ def test_the_newline_row_and_the_order_of_rows_matter(ours, tmp_path, seed):
     with torch.no_grad():
         right = model.logits(pack, last)
         pack.source_index[is_media] = pack.source_index[is_media].flip(0)
+        pack.media_positions[:] = media_positions(pack.source_index, len(pack.media_positions))
         assert (model.logits(pack, last) - right).abs().max() > 1e-3
         model.llm.get_input_embeddings().weight[encoder.tokenizer.special_id(NEWLINE_TOKEN)] += 1
         assert (model.logits(collate([document], encoder.specs), last) - right).abs().max() > 1e-3

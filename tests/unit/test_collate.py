@@ -31,7 +31,10 @@ def random_document(name, g):
         if modality == "audio":
             tokens -= int(torch.randint(0, 5, (), generator=g))
         if modality == "image" and inputs > 1:  # some rows in any order, and newlines
-            rows = torch.randint(-1, tokens, (int(torch.randint(0, tokens + 3, (), generator=g)),), generator=g).numpy()
+            some = torch.cat([torch.randperm(tokens, generator=g)[: tokens - 2], torch.full((3,), -1)])
+            rows = some[
+                torch.randperm(len(some), generator=g)[: int(torch.randint(0, len(some) + 1, (), generator=g))]
+            ].numpy()
             tokens = len(rows)
         shape = (inputs, 10) if modality == "audio" else (inputs, 3, 4, 4)
         media.append(EncodedMedia(modality, torch.rand(shape, generator=g), at, tokens, rows))
@@ -76,6 +79,10 @@ def test_random_packs_equal_slow_loops(seed):
         pack = collate(documents, SPECS)
         assert pack.labels.tolist() == slow_labels(documents)
         assert pack.source_index.tolist() == slow_source_index(documents)
+        num_rows = sum(len(m.data) * SPECS.rows_per_input(m.modality) for d in documents for m in d.media)
+        where = {s - pack.num_tokens: t for t, s in enumerate(pack.source_index.tolist()) if s >= pack.num_tokens}
+        assert pack.media_positions.tolist() == [where.get(row, -1) for row in range(num_rows)]
+        assert pack.media_positions.dtype == torch.int32
         assert pack.target_idx.tolist() == [t for t, v in enumerate(pack.labels.tolist()) if v != IGNORE]
         assert pack.position_ids.tolist() == [t for d in documents for t in range(len(d))]
         assert pack.cu_seqlens.tolist() == [sum(pack.lengths[:i]) for i in range(len(documents) + 1)]
@@ -131,4 +138,12 @@ def test_media_that_do_not_fit_their_rows_are_refused(num_tokens, rows):
     item = EncodedMedia("image", torch.zeros(1, 3, 4, 4, dtype=torch.uint8), 0, num_tokens, map_)
     document = EncodedSample("a", torch.zeros(6, dtype=torch.int64), torch.zeros(6, dtype=torch.bool), (item,))
     with pytest.raises(DataError, match="at most 3 image tokens"):
+        collate([document], SPECS)
+
+
+def test_a_row_at_two_tokens_is_refused():
+    """Its gradient would be a sum; placement copies one row per row."""
+    item = EncodedMedia("image", torch.zeros(1, 3, 4, 4, dtype=torch.uint8), 1, 3, np.array([2, -1, 2]))
+    document = EncodedSample("a", torch.zeros(6, dtype=torch.int64), torch.zeros(6, dtype=torch.bool), (item,))
+    with pytest.raises(DataError, match=r"each of the 3 image rows .* found 2 tokens for 1 rows at 1 in a"):
         collate([document], SPECS)

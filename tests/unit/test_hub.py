@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from mmscale.config.schema import ImageDataConfig, VideoDataConfig
 from mmscale.config.specs import media_specs
 from mmscale.errors import DataError
+from mmscale.kernels.placement import media_positions
 from mmscale.model.composite import build_model
 from mmscale.model.description import describe
 from mmscale.model.hub import MmscaleForConditionalGeneration, media_inputs, register
@@ -123,6 +124,7 @@ def pack_by_hand(specs, documents, filled):
         labels=torch.full_like(flat, -100),
         target_idx=torch.zeros(0, dtype=torch.int64),
         source_index=source,
+        media_positions=media_positions(source, base - flat.numel()),
         media=media,
         lengths=lengths,
         ids=("x",) * len(lengths),

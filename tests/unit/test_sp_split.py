@@ -116,6 +116,9 @@ def test_media_over_a_border(seed, make_pack, specs, towers):
     assert sorted(len(p.inputs.get("image", ())) for p in parts) == [0, 1]
     received = [sum(p.routing.num_received) for p in parts]
     assert sum(received) == rows and min(received) > 0
+    for part, count in zip(parts, received, strict=True):
+        held = part.source_index[part.media_positions.long()]
+        assert held.tolist() == [len(part.source_index) + row for row in range(count)]
 
 
 def test_parts_without_targets(seed, make_pack, specs, towers):
@@ -137,7 +140,7 @@ def test_one_rank_has_the_pack_itself(seed, make_pack, specs):
     """Tensor-parallel ranks alone get whole packs, with rows where they were and no route."""
     pack = make_pack(specs, [[("text", 6), ("image", 2), ("audio", 9)]], seed)
     (part,) = split(pack, 1, 1, {})
-    for name in ("input_ids", "position_ids", "labels", "target_idx", "source_index"):
+    for name in ("input_ids", "position_ids", "labels", "target_idx", "source_index", "media_positions"):
         assert torch.equal(getattr(part, name), getattr(pack, name)), name
     assert part.routing is None and {m: x.shape for m, x in part.inputs.items()} == {
         m: b.data.shape for m, b in pack.media.items()
@@ -185,3 +188,4 @@ def test_bind_gives_what_a_forward_reads(seed, make_pack, specs):
     batch = bind(split(pack, 1, 1, {})[0], Mesh(0, 1, 0, 1, torch.device("cpu")), "exchange", "auto")
     assert batch.attention.num_tokens == pack.num_tokens and batch.route is None
     assert torch.equal(batch.source_index, pack.source_index)
+    assert torch.equal(batch.media_positions, pack.media_positions)

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from mmscale.errors import ConfigError
 from mmscale.model.description import read_config
 from mmscale.model.llm.attention import ATTENTION, carry_pack, check_llm, register
+from mmscale.model.llm.embedding import place_in_lookup
 
 
 def load_llm(config: PretrainedConfig, path: str | None = None, attention: str = ATTENTION) -> PreTrainedModel:
@@ -20,7 +21,8 @@ def load_llm(config: PretrainedConfig, path: str | None = None, attention: str =
         config: from `llm_config`, with the padded vocabulary.
         path: folder with weights; None = random weights. Rows that the vocabulary has more than the weights start as the
             mean of the old rows (embeddings, and an untied head with its bias).
-        attention: name of the attention implementation; the default takes `pack=`.
+        attention: name of the attention implementation; with the default one the model takes `pack=`, and a plain embedding
+            takes media rows.
 
     Raises:
         ConfigError: a family that is refused, or weights that do not fit.
@@ -34,6 +36,7 @@ def load_llm(config: PretrainedConfig, path: str | None = None, attention: str =
         model = _open(path, int(config.vocab_size), attention)
     if attention == ATTENTION:
         carry_pack(model)
+        place_in_lookup(model)
     return model
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mmscale.errors import ParallelError
+from mmscale.kernels.placement import media_positions
 from mmscale.model.batch import ModelBatch
 from mmscale.model.llm.attention import WholePack
 from mmscale.parallel.mesh import Mesh
@@ -32,7 +33,7 @@ PAD_TOKEN = 0
 class LocalPart:
     """What one sequence rank trains on, of one pack. All tensors are on the CPU.
 
-    input_ids, position_ids, labels, target_idx, source_index   as in `ModelBatch`, with padding where the plan puts it
+    input_ids, position_ids, labels, target_idx, source_index, media_positions   as in `ModelBatch`, with padding where the plan puts it
     inputs    modality -> the tower inputs that this rank encodes, in the order of the pack
     routing   where the encoded rows go; None = the pack is not divided, or no rank has media
     spans     the plan of the pack, over `lengths`, the document lengths with padding
@@ -43,6 +44,7 @@ class LocalPart:
     labels: Tensor
     target_idx: Tensor
     source_index: Tensor
+    media_positions: Tensor
     inputs: Mapping[Modality, Tensor]
     routing: Routing | None
     spans: Spans
@@ -77,11 +79,11 @@ def split(pack: PackedBatch, ulysses: int, ring: int, towers: Mapping[Modality, 
     source = pack.source_index.numpy()
     if num_ranks == 1:
         every = {modality: np.arange(len(media.data)) for modality, media in pack.media.items()}
-        return (_part(pack, holders[0], source, every, None, spans, lengths),)
+        return (_part(pack, holders[0], source, pack.media_positions, every, None, spans, lengths),)
     num_inputs = {modality: len(media.data) for modality, media in pack.media.items()}
     encoded, routings, sources = route_media(source, holders, num_inputs, towers)
     return tuple(
-        _part(pack, held, own, inputs, routing if pack.media else None, spans, lengths)
+        _part(pack, held, own, _positions(own, routing), inputs, routing if pack.media else None, spans, lengths)
         for held, own, inputs, routing in zip(holders, sources, encoded, routings, strict=True)
     )
 
@@ -99,7 +101,8 @@ def bind(part: LocalPart, mesh: Mesh, kind: Kind, kernel: str) -> ModelBatch:
     )
     route = None if part.routing is None else row_route(part.routing, mesh.sequence, mesh.meter)
     return ModelBatch(
-        part.input_ids, part.position_ids, part.labels, part.target_idx, part.source_index, part.inputs, attention, route
+        part.input_ids, part.position_ids, part.labels, part.target_idx, part.source_index, part.media_positions, part.inputs,
+        attention, route,
     )  # fmt: skip
 
 
@@ -112,10 +115,16 @@ def _check(spans: Spans, lengths: tuple[int, ...], ulysses: int, ring: int) -> N
         )
 
 
+def _positions(source_index: Ints, routing: Routing) -> Tensor:
+    """Where each media row stands that comes to a rank."""
+    return media_positions(torch.from_numpy(source_index), sum(routing.num_received))
+
+
 def _part(
     pack: PackedBatch,
     held: Ints,
     source_index: Ints,
+    positions_M: Tensor,
     encoded: Mapping[Modality, Ints],
     routing: Routing | None,
     spans: Spans,
@@ -133,6 +142,7 @@ def _part(
         labels=labels,
         target_idx=torch.nonzero(labels != IGNORE).flatten(),
         source_index=torch.from_numpy(source_index),
+        media_positions=positions_M,
         inputs={modality: pack.media[modality].data[torch.from_numpy(own)] for modality, own in encoded.items()},
         routing=routing,
         spans=spans,
