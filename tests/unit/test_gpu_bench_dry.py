@@ -1,5 +1,7 @@
 """The GPU benchmarks without a GPU: every line of them runs on tiny shapes, so that on a GPU only the times are new."""
 
+# ruff: noqa: E402 (benchmarks are not installed)
+
 from __future__ import annotations
 
 import json
@@ -11,13 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
+REPO = Path(__file__).parents[2]
+sys.path.append(str(REPO))
+
 from benchmarks.gpu import groups, merging, placement
 from benchmarks.gpu.__main__ import in_process, main
 from benchmarks.gpu.groups import GROUPS, Group, run_group
 from benchmarks.gpu.measure import Bench, relative
 from benchmarks.gpu.report import MAX_LINES, Claim, Failure, Report, Timing, read_lines, store, table
-
-REPO = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
