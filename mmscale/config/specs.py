@@ -57,6 +57,8 @@ _STRIDES = {
     "mlp_downsample_2x2_fix": 2,
     "mlp_downsample_3x3": 3,
     "mlp_downsample_3x3_fix": 3,
+    "pixel_shuffle": 2,
+    "patch_merger": 2,
     "token_merge": 1,
 }
 _ANYRES_TILES = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))

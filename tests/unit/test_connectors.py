@@ -1,7 +1,9 @@
 """Connectors: names, row counts, cell order on odd and non-square grids, VILA's and LLaVA's parameter names; merged rows."""
 
+import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,8 +12,9 @@ import torch
 from mmscale.config.schema import ImageDataConfig, TokenMergeConfig
 from mmscale.config.specs import _STRIDES, connector_stride, grid_rows, media_specs, merged_rows
 from mmscale.errors import ConfigError
+from mmscale.kernels.downsample_norm import space_to_depth
 from mmscale.model.composite import build_model
-from mmscale.model.connectors.build import CONNECTORS, SpaceToDepth, build_connector
+from mmscale.model.connectors.build import CONNECTORS, build_connector
 from mmscale.model.connectors.token_merge import TokenMergeConnector, rows_by_round
 from mmscale.model.convert import export_plan
 from mmscale.model.description import describe
@@ -44,7 +47,7 @@ def test_space_to_depth_equals_a_plain_loop(stride, grid, seed):
     torch.manual_seed(seed)
     h, w = grid
     x = torch.randn(2, h * w, 3)
-    y = SpaceToDepth(stride)(x, grid)
+    y = space_to_depth(x, grid, stride)
     rows, columns = -(-h // stride), -(-w // stride)
     expected = torch.zeros(2, rows * columns, stride * stride * 3)
     for i in range(h):
@@ -89,6 +92,20 @@ def test_space_to_depth_equals_a_plain_loop(stride, grid, seed):
                 **{"layers.7.weight": (10, 10), "layers.7.bias": (10,)},
             },
         ),
+        (
+            "pixel_shuffle",
+            {
+                **{"0.weight": (24,), "0.bias": (24,), "1.weight": (10, 24), "1.bias": (10,)},
+                **{"3.weight": (10, 10), "3.bias": (10,)},
+            },
+        ),
+        (
+            "patch_merger",
+            {
+                **{"ln_q.weight": (6,), "ln_q.bias": (6,), "mlp.0.weight": (24, 24), "mlp.0.bias": (24,)},
+                **{"mlp.2.weight": (10, 24), "mlp.2.bias": (10,)},
+            },
+        ),
     ],
 )
 def test_parameter_names_and_shapes(name, shapes):
@@ -103,6 +120,61 @@ def test_mlp_equals_its_formula(seed):
     torch.testing.assert_close(connector(x, (1, 3)), expected)
 
 
+def randomise(module):
+    """Parameters that are not the ones and zeros of a new norm."""
+    for p in module.parameters():
+        torch.nn.init.normal_(p)
+    return module
+
+
+def test_downsampling_equals_vilas_formula(seed):
+    """Fold with zeros at the end, LayerNorm over the cell, Linear, GELU, Linear: on an odd grid."""
+    torch.manual_seed(seed)
+    connector, x = randomise(build_connector("mlp_downsample", 4, 5)), torch.randn(2, 15, 4)
+    p = {name.removeprefix("layers."): q for name, q in connector.named_parameters()}
+    z = torch.nn.functional.layer_norm(space_to_depth(x, (3, 5), 2), (16,), p["1.weight"], p["1.bias"])
+    z = torch.nn.functional.gelu(z @ p["2.weight"].T + p["2.bias"]) @ p["4.weight"].T + p["4.bias"]
+    torch.testing.assert_close(connector(x, (3, 5)), z)
+
+
+def test_pixel_shuffle_equals_internvl(seed):
+    """Transformers' own projector behind its own shuffle, on a grid that is not square."""
+    from transformers.models.internvl.modeling_internvl import InternVLModel, InternVLMultiModalProjector
+
+    torch.manual_seed(seed)
+    config = SimpleNamespace(
+        **{"vision_config": SimpleNamespace(hidden_size=6), "text_config": SimpleNamespace(hidden_size=10)},
+        **{"downsample_ratio": 0.5, "projector_hidden_act": "gelu"},
+    )
+    theirs, connector = InternVLMultiModalProjector(config), randomise(build_connector("pixel_shuffle", 6, 10))
+    names = {"layer_norm": "0", "linear_1": "1", "linear_2": "3"}
+    ours = connector.state_dict()
+    theirs.load_state_dict({f"{t}.{w}": ours[f"{o}.{w}"] for t, o in names.items() for w in ("weight", "bias")})
+    x = torch.randn(3, 4 * 6, 6)
+    shuffled = InternVLModel.pixel_shuffle(None, x.view(3, 4, 6, 6)).flatten(1, 2)
+    torch.testing.assert_close(connector(x, (4, 6)), theirs(shuffled))
+
+
+def test_patch_merger_equals_qwen2_vl(seed):
+    """Transformers' own merger, which gets the patches of a cell one after the other; its parameters fit by name."""
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import PatchMerger
+
+    torch.manual_seed(seed)
+    theirs, connector = PatchMerger(dim=10, context_dim=6), randomise(build_connector("patch_merger", 6, 10))
+    theirs.load_state_dict(connector.state_dict())
+    x = torch.randn(2, 4 * 6, 6)
+    cells = x.view(2, 2, 2, 3, 2, 6).transpose(2, 3).reshape(-1, 6)
+    torch.testing.assert_close(connector(x, (4, 6)).flatten(0, 1), theirs(cells))
+
+
+@pytest.mark.parametrize("name", ["mlp_downsample", "mlp_downsample_3x3", "pixel_shuffle", "patch_merger"])
+def test_features_behind_a_class_token(name, seed):
+    """A slice of the tower's output, as it comes, gives the same as its copy."""
+    torch.manual_seed(seed)
+    connector, x = build_connector(name, 6, 10), torch.randn(2, 1 + 15, 6)[:, 1:]
+    assert torch.equal(connector(x, (3, 5)), connector(x.contiguous(), (3, 5)))
+
+
 @pytest.mark.parametrize("name", ["mlp2x_relu", "mlp0x_gelu", "MLP2x_gelu", "xmlp2x_gelu", ""])
 def test_unknown_names_are_refused_with_the_list(name):
     with pytest.raises(ConfigError, match="mlp_downsample_3x3"):
@@ -114,7 +186,7 @@ def test_rounds_merge_at_most_half_and_end_where_asked(patches):
     for rows in range(1, patches + 1):
         counts = [patches, *rows_by_round(patches, rows)]
         assert counts[-1] == rows
-        assert all(0 < before - after <= before // 2 for before, after in zip(counts[:-1], counts[1:], strict=True))
+        assert all(0 < before - after <= before // 2 for before, after in itertools.pairwise(counts))
 
 
 def test_the_ratio_is_rounded_up_exactly():

@@ -6,13 +6,14 @@ Shapes: N tower inputs, P patches, C tower width, D language-model width, K patc
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import cast
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from mmscale.config.specs import connector_stride, mlp_depth
+from mmscale.kernels.downsample_norm import NormOver, downsample_norm
 from mmscale.model.connectors.token_merge import TokenMergeConnector
 from mmscale.registry import Registry
 
@@ -43,58 +44,90 @@ class LinearConnector(nn.Linear):
         return super().forward(features_NPC)
 
 
-class SpaceToDepth(nn.Module):
-    """Folds cells of K x K patches into channels, zero-padding odd grids at the end; cell order row-major."""
+class DownsampleNorm(nn.LayerNorm):
+    """Cells of K x K patches as rows, zero-padding odd grids at the end, normalised over the cell or over each patch.
 
-    def __init__(self, stride: int) -> None:
-        super().__init__()
-        self.stride = stride
+    The parameters are those of a LayerNorm, and read in its forward, as engines that gather weights module by module expect.
+    """
 
-    def forward(self, features_NPC: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    def __init__(self, in_width: int, stride: int, norm_over: NormOver = "patch", eps: float = 1e-5) -> None:
+        super().__init__(in_width * (1 if norm_over == "token" else stride**2), eps=eps)
+        self.stride, self.norm_over = stride, norm_over
+
+    def forward(self, features_NPC: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:  # type: ignore[override]
         """[N, ceil(h / K) * ceil(w / K), K * K * C]."""
-        k, (h, w), (n, _, c) = self.stride, grid, features_NPC.shape
-        x = F.pad(features_NPC.view(n, h, w, c), (0, 0, 0, -w % k, 0, -h % k))
-        rows, columns = x.shape[1] // k, x.shape[2] // k
-        x = x.view(n, rows, k, columns, k, c).transpose(2, 3)
-        return x.reshape(n, rows * columns, k * k * c)
+        return downsample_norm(features_NPC, self.weight, self.bias, grid, self.stride, self.eps, self.norm_over)
 
 
-class _Downsample(nn.Module):
-    """A space-to-depth step followed by layers; `layers.N.*` are VILA's parameter names."""
+class _Downsample(nn.Sequential):
+    """A `DownsampleNorm` followed by layers."""
+
+    def forward(self, features_NPC: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:  # type: ignore[override]
+        """[N, ceil(h / K) * ceil(w / K), D]."""
+        norm, *layers = self
+        x = norm(features_NPC, grid)
+        for layer in layers:
+            x = layer(x)
+        return cast(torch.Tensor, x)
+
+
+class _VilaDownsample(nn.Module):
+    """The same with VILA's parameter names `layers.N.*`: its layer 0 folds the cells and has no parameters."""
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
-        self.layers = nn.Sequential(*layers)
+        self.layers = _Downsample(OrderedDict((str(i), layer) for i, layer in enumerate(layers, start=1)))
 
     def forward(self, features_NPC: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """[N, ceil(h / K) * ceil(w / K), D]."""
-        x = self.layers[0](features_NPC, grid)
-        return cast(torch.Tensor, self.layers[1:](x))
+        return cast(torch.Tensor, self.layers(features_NPC, grid))
 
 
 @CONNECTORS.add("mlp_downsample")
 @CONNECTORS.add("mlp_downsample_2x2_fix")
-class Downsample2x2(_Downsample):
+class Downsample2x2(_VilaDownsample):
     """Cells of 2 x 2 patches, LayerNorm and two linear layers."""
 
     def __init__(self, in_width: int, out_width: int) -> None:
-        wide = 4 * in_width
-        super().__init__(
-            SpaceToDepth(2), nn.LayerNorm(wide), nn.Linear(wide, out_width), nn.GELU(), nn.Linear(out_width, out_width)
-        )
+        first, second = nn.Linear(4 * in_width, out_width), nn.Linear(out_width, out_width)
+        super().__init__(DownsampleNorm(in_width, 2), first, nn.GELU(), second)
 
 
 @CONNECTORS.add("mlp_downsample_3x3")
 @CONNECTORS.add("mlp_downsample_3x3_fix")
-class Downsample3x3(_Downsample):
+class Downsample3x3(_VilaDownsample):
     """Cells of 3 x 3 patches, two LayerNorms and three linear layers."""
 
     def __init__(self, in_width: int, out_width: int) -> None:
         wide, middle = 9 * in_width, 3 * in_width
         super().__init__(
-            *(SpaceToDepth(3), nn.LayerNorm(wide), nn.Linear(wide, middle), nn.GELU()),
+            *(DownsampleNorm(in_width, 3), nn.Linear(wide, middle), nn.GELU()),
             *(nn.LayerNorm(middle), nn.Linear(middle, out_width), nn.GELU(), nn.Linear(out_width, out_width)),
         )
+
+
+@CONNECTORS.add("pixel_shuffle")
+class PixelShuffle(_Downsample):
+    """Cells of 2 x 2 patches, LayerNorm and two linear layers: parameters `0.*, 1.*, 3.*` as in InternVL's `mlp1`."""
+
+    def __init__(self, in_width: int, out_width: int) -> None:
+        first, second = nn.Linear(4 * in_width, out_width), nn.Linear(out_width, out_width)
+        super().__init__(DownsampleNorm(in_width, 2), first, nn.GELU(), second)
+
+
+@CONNECTORS.add("patch_merger")
+class PatchMerger(nn.Module):
+    """Patches normalised one by one, cells of 2 x 2, two linear layers: parameters `ln_q.*, mlp.0.*, mlp.2.*` of Qwen2-VL's merger."""
+
+    def __init__(self, in_width: int, out_width: int) -> None:
+        super().__init__()
+        wide = 4 * in_width
+        self.ln_q = DownsampleNorm(in_width, 2, norm_over="token", eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(wide, wide), nn.GELU(), nn.Linear(wide, out_width))
+
+    def forward(self, features_NPC: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """[N, ceil(h / 2) * ceil(w / 2), D]."""
+        return cast(torch.Tensor, self.mlp(self.ln_q(features_NPC, grid)))
 
 
 def build_connector(name: str, in_width: int, out_width: int, rows: int | None = None) -> nn.Module:
