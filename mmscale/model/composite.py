@@ -18,6 +18,7 @@ from mmscale.model.description import MmscaleConfig, describe
 from mmscale.model.encoder import MediaEncoder, build_audio, build_vision
 from mmscale.model.llm.head import LossOptions, loss_head, put_loss_head
 from mmscale.model.llm.embedding import embed_pack
+from mmscale.model.llm.layers import replace_layers
 from mmscale.model.llm.load import load_llm
 from mmscale.types import MediaSpecs, PackedBatch
 
@@ -162,7 +163,7 @@ def skeleton(
 
     return MultimodalLM(
         description,
-        llm=load_llm(description.text_config, path(sources.llm) if sources else None),
+        llm=replace_layers(load_llm(description.text_config, path(sources.llm) if sources else None)),
         vision=build_vision(description, path(sources.vision) if sources else None),
         audio=build_audio(description, path(sources.audio) if sources else None),
         loss=loss,

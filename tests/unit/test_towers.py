@@ -20,6 +20,7 @@ from mmscale.model.description import describe, hf_config
 from mmscale.model.encoder import build_audio, build_vision
 from mmscale.model.llm.load import load_llm
 from mmscale.model.towers.build import kept_layers
+from mmscale.model.towers.vision import normalised
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 28, "patch_size": 14}
 VISION = {
@@ -116,6 +117,19 @@ def test_uint8_pixels_are_normalised_with_the_folders_numbers(tiny_config, tmp_p
     pixels = torch.randint(0, 256, (2, 3, 28, 28), dtype=torch.uint8)
     floats = (pixels / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     torch.testing.assert_close(tower(pixels), tower(floats), atol=1e-5, rtol=1e-5)
+
+
+def test_normalised_pixels_are_exact_in_fp32_and_rounded_once_in_bf16():
+    pixels = torch.arange(256, dtype=torch.uint8).repeat(2, 3, 1, 1)
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    exact = (pixels.double() / 255 - torch.tensor(mean).double()[:, None, None]) / torch.tensor(std).double()[
+        :, None, None
+    ]
+    values = normalised(pixels, mean, std, torch.float32)
+    assert values.shape == pixels.shape and values.dtype == torch.float32
+    assert (values - exact).abs().max() < 4e-7  # of values up to 2.3: two units in the last place
+    assert torch.equal(normalised(pixels, mean, std, torch.bfloat16), values.bfloat16())
+    assert normalised(pixels[:0], mean, std, torch.bfloat16).shape == (0, 3, 1, 256)
 
 
 @pytest.mark.parametrize("layer", [None, 0, 1, -2, -1])

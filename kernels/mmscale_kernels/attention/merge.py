@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from mmscale.kernels.attention.base import accumulate_dtype
+from mmscale.kernels.compiled import compiled
+from mmscale.kernels.dispatch import use_triton
 
 
 def empty_result(q_QHD: Tensor) -> tuple[Tensor, Tensor]:
@@ -20,14 +22,30 @@ def empty_result(q_QHD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def merge_(out_QHD: Tensor, lse_HQ: Tensor, part_QHD: Tensor, part_lse_HQ: Tensor) -> None:
-    """Adds a partial result over other keys, in place. Rows without a key (-inf) on either side change nothing.
+    """Adds a partial result over other keys, in place, as softmax over all keys would have it (arXiv:2310.01889, section 3).
 
-    The weight of the part is sigmoid(part_lse - lse), which cannot overflow, unlike exp of the difference.
+    Rows without a key (-inf) on either side change nothing, as long as `part_QHD` is finite there. On GPUs it is one function
+    for torch.compile, which reads and writes everything once, unless `MMSCALE_KERNELS=torch`. Nothing waits for the device.
+
+    Args:
+        out_QHD, lse_HQ: as `empty_result` begins them, fp32 (fp64 for fp64 queries).
+        part_QHD, part_lse_HQ: of the other keys, any float types.
+    """
+    compiles = out_QHD.is_cuda and out_QHD.numel() and use_triton(out_QHD) and not torch.compiler.is_compiling()
+    merge = compiled(merge_formula_) if compiles else merge_formula_
+    merge(out_QHD, lse_HQ, part_QHD, part_lse_HQ)
+
+
+def merge_formula_(out_QHD: Tensor, lse_HQ: Tensor, part_QHD: Tensor, part_lse_HQ: Tensor) -> None:
+    """`merge_` as torch operators.
+
+    The weight of the part is sigmoid(part_lse - lse), which cannot overflow, unlike exp of the difference; where both are
+    -inf the difference is no number, and 0 is meant.
     """
     part_lse_HQ = part_lse_HQ.to(lse_HQ.dtype)
     weight_HQ = torch.sigmoid(part_lse_HQ - lse_HQ).nan_to_num_(0.0)
     out_QHD.lerp_(part_QHD.to(out_QHD.dtype), weight_HQ.transpose(0, 1).unsqueeze(-1))
-    lse_HQ.copy_(torch.logaddexp(lse_HQ, part_lse_HQ))
+    torch.logaddexp(lse_HQ, part_lse_HQ, out=lse_HQ)
 
 
 def add_sinks(out_QHD: Tensor, lse_HQ: Tensor, sinks_H: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,8 @@ Shapes: N images or frames, S pixels per side, P features per image, C tower wid
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -45,14 +47,26 @@ class VisionTower(nn.Module):
             pixels: [N, 3, S, S], uint8 0 to 255 (normalised here, on the device), or floats that an image processor has
                 normalised already.
         """
-        if pixels.dtype == torch.uint8:
-            pixels = self._normalise(pixels)
-        features = self.model(pixels.to(next(self.model.parameters()).dtype)).last_hidden_state
-        return features[:, self.drop :]
+        dtype = next(self.model.parameters()).dtype
+        pixels = normalised(pixels, self.mean, self.std, dtype) if pixels.dtype == torch.uint8 else pixels.to(dtype)
+        return self.model(pixels).last_hidden_state[:, self.drop :]
 
-    def _normalise(self, pixels: torch.Tensor) -> torch.Tensor:
-        # Per channel with host numbers: no buffer that a change of module dtype would round, no copy to the device.
-        scaled = [
-            (pixels[:, c].float() / 255 - m) / s for c, (m, s) in enumerate(zip(self.mean, self.std, strict=True))
-        ]
-        return torch.stack(scaled, dim=1)
+
+def normalised(
+    pixels_N3SS: torch.Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
+) -> torch.Tensor:
+    """(pixels / 255 - mean) / std per channel as `dtype` [N, 3, S, S], computed in fp32, on the device of the pixels.
+
+    Args:
+        pixels_N3SS: uint8, 0 to 255.
+        mean, std: of the channels, for pixels from 0 to 1. They stay numbers of the host: no buffer that a change of module
+            dtype would round, no copy to the device.
+
+    Cost:
+        reads each byte once and writes each result once, one operator per channel.
+    """
+    out = torch.empty(pixels_N3SS.shape, dtype=dtype, device=pixels_N3SS.device)
+    for channel, (m, s) in enumerate(zip(mean, std, strict=True)):
+        shift = torch.tensor(-m / s, dtype=torch.float32)  # on the CPU, where a scalar is no operand to be copied
+        torch.add(shift, pixels_N3SS[:, channel], alpha=1 / (255 * s), out=out[:, channel])
+    return out
