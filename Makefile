@@ -53,7 +53,7 @@ PART ?= all
 GPU_PYTHON ?= python3
 gpu:
 	$(GPU_PYTHON) -m benchmarks.gpu.wheels install build/gpu-site
-	PYTHONPATH=.:build/gpu-site:$(PYTHONPATH) $(GPU_PYTHON) -m benchmarks.gpu --part $(PART)
+	PYTHONPATH=.:build/gpu-site:$(PYTHONPATH) $(GPU_PYTHON) -m benchmarks.gpu --part $(PART) $(if $(ONLY),--only $(ONLY))
 
 gpu-wheels: $(READY)
 	$(BIN)/python -m benchmarks.gpu.wheels download

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     if not args.dry and not torch.cuda.is_available():
         print("a CUDA GPU is expected, torch finds none; --dry runs without one", file=sys.stderr)
         return 2
-    chosen = [g for g in GROUPS if args.part in ("all", g.part) and args.only in g.name]
+    chosen = choose(args.part, args.only)
     limit_s = args.limit_s or (float("inf") if args.part == "all" else 560.0)
     with tempfile.TemporaryDirectory() as folder:
         lines = Path(folder) / "entries.jsonl"
@@ -55,6 +55,15 @@ def main(argv: list[str] | None = None) -> int:
         store(Path(target) / name, facts, entries)
     print(table(facts, entries), flush=True)
     return int(any(isinstance(entry, Failure) for entry in entries))
+
+
+def choose(part: str, only: str) -> list[Group]:
+    """The groups of a part, or of all, whose names hold `only`; with any kernel also the ceilings that it is held against."""
+    chosen = [g for g in GROUPS if part in ("all", g.part) and only in g.name]
+    ceilings = [
+        g for g in GROUPS if g.name == "ceilings" and g not in chosen and any(c.part == "kernels" for c in chosen)
+    ]
+    return ceilings + chosen
 
 
 def run_all(groups: list[Group], lines: Path, limit_s: float, *, dry: bool) -> list[Entry]:

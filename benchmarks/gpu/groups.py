@@ -68,6 +68,7 @@ GROUPS: tuple[Group, ...] = (
     _steps("steps", function="run", limit_s=240),
     _steps("steps padded", function="run_padded", limit_s=150),
     _steps("steps 1 chunk", {"name": "loss unbounded", "train": {"loss_memory_mb": 100_000}}),
+    _steps("steps redone", {"name": "all recomputed", "train": {"checkpoint_activations": True}}),
     _steps("steps frozen", {"name": "tower frozen", "train": {"parts": _FROZEN_TOWER}}),
     _steps("steps -triton", {"name": "torch alone"}, MMSCALE_KERNELS="torch"),
     _steps("steps -liger", {"name": "without liger"}, without=("liger_kernel",)),

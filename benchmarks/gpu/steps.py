@@ -93,7 +93,7 @@ def measure(bench: Bench, size: Size, num_tokens: int, train: Mapping[str, Any] 
         torch.OutOfMemoryError: also then.
     """
     if num_tokens <= 32_768:
-        speed = _tried(lambda: _measure(bench, size, num_tokens, {**(train or {}), "checkpoint_activations": False}))
+        speed = _tried(lambda: _measure(bench, size, num_tokens, {"checkpoint_activations": False, **(train or {})}))
         if speed is not None:
             return speed
     return _measure(bench, size, num_tokens, {**(train or {}), "checkpoint_activations": True})

@@ -17,10 +17,11 @@ REPO = Path(__file__).parents[2]
 sys.path.append(str(REPO))
 
 from benchmarks.gpu import groups, merging, placement
-from benchmarks.gpu.__main__ import in_process, main
+from benchmarks.gpu.__main__ import choose, in_process, main
 from benchmarks.gpu.groups import GROUPS, Group, run_group
 from benchmarks.gpu.measure import Bench, relative
 from benchmarks.gpu.report import MAX_LINES, Claim, Failure, Report, Timing, read_lines, store, table
+from benchmarks.gpu.wheels import PACKAGES, missing, pinned
 
 
 @pytest.fixture(scope="module")
@@ -169,3 +170,22 @@ def test_the_peer_of_token_merging_follows_the_paper(seed, length, num_merged):
         return torch.stack(sorted(found, key=lambda row: row.tolist()))
 
     assert relative(ordered(got.unbind()), ordered(rows)) <= 1e-14
+
+
+def test_kernels_are_always_held_against_this_device():
+    assert [g.name for g in choose("kernels", "placement")] == ["ceilings", "placement"]
+    assert [g.name for g in choose("kernels", "ceil")] == ["ceilings"]
+    assert [g.name for g in choose("steps", "padded")] == ["steps padded"]
+    assert choose("all", "") == list(GROUPS)
+
+
+def test_wheels_of_missing_packages_only(tmp_path):
+    for name in ("pydantic_core-2.0-cp312-cp312-linux_x86_64.whl", "no_such_thing-1.0-py3-none-any.whl"):
+        (tmp_path / name).touch()
+    assert [path.name for path in missing(tmp_path)] == ["no_such_thing-1.0-py3-none-any.whl"]
+
+
+def test_wheels_come_in_the_versions_that_are_tested():
+    wanted = dict(line.split("==") for line in pinned(PACKAGES))
+    assert set(wanted) == set(PACKAGES)
+    assert f"webdataset=={wanted['webdataset']}" in (REPO / "constraints-cpu.txt").read_text()
