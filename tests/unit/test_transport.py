@@ -38,7 +38,9 @@ def a_pack(num_tokens, side=8):
     media = {"image": MediaBatch(data, *torch.arange(12).view(4, 3))}
     skips = (Skip("text/000000.tar:1", "length", "too short: é", 512),)
     borders = torch.tensor([0, num_tokens], dtype=torch.int32)
-    return PackedBatch(ids, ids, borders, ids, ids[:0], ids, ids.int(), media, (num_tokens,), ("a",), {"text": 1}, skips)
+    return PackedBatch(
+        ids, ids, borders, ids, ids[:0], ids, ids.int(), media, (num_tokens,), ("a",), {"text": 1}, skips
+    )
 
 
 @pytest.mark.parametrize("limit", [0, 1 << 40], ids=["shared", "inline"])
