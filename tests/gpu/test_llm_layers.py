@@ -162,7 +162,7 @@ def test_decoders(way: str, family: str, dtype: torch.dtype, seed: int) -> None:
     positions = torch.cat([torch.arange(n) for n in lengths])[None].to(CUDA)
     grads, found = [], []
     for model in (ours, theirs, exact):
-        inputs = embeds.to(next(model.parameters()).dtype).requires_grad_()
+        inputs = embeds.to(next(model.parameters()).dtype, copy=True).requires_grad_()
         out = model(inputs_embeds=inputs, position_ids=positions, use_cache=False, pack=WholePack(lengths)).logits[0]
         F.cross_entropy(out.float(), torch.arange(sum(lengths), device=CUDA) % 128).backward()
         found.append(out.detach())
