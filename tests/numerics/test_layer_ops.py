@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmscale.kernels import liger
+from mmscale.kernels.dispatch import is_interpreted
 from mmscale.kernels.gated import Activation, gated_formula, gated_product
 from mmscale.kernels.rms_norm import rms_norm, rms_norm_formula
 from mmscale.kernels.rope import rotate, rotate_formula
@@ -122,6 +124,25 @@ def test_rotation(dtype: torch.dtype, angle_dtype: torch.dtype, seed: int) -> No
         q, k = torch.randn(batch, length, heads, size), torch.randn(batch, length, groups, size)
         _, key = rotate(q, k, cos, sin)
         assert error(key, true_rotation(k.double(), cos, sin)) < TOLERANCE[torch.float32]
+
+
+def test_ligers_rotation_in_the_interpreter(seed: int) -> None:
+    """Its other operators call device functions that the interpreter lacks; `tests/gpu` has them all."""
+    if not (liger.is_installed() and is_interpreted()):
+        pytest.skip("needs Liger-Kernel, and Triton's interpreter from the start of the process")
+    torch.manual_seed(seed)
+    for length, heads, groups, size, rotated in ((1, 1, 1, 16, 16), (13, 6, 2, 16, 16), (5, 3, 3, 24, 16)):
+        cos, sin = angles(length, rotated, torch.float32)
+        both = torch.randn(1, length, heads + groups, size)
+        dy = torch.randn_like(both)
+        cut = [heads, groups]
+
+        def turned(x: Tensor, function: Callable[..., tuple[Tensor, Tensor]], cut: list[int] = cut) -> Tensor:
+            return torch.cat(function(*(part * 1 for part in x.split(cut, -2))), -2)
+
+        ref = value_and_grads(partial(true_rotation, cos=cos, sin=sin), [both.double()], dy.double())
+        got = value_and_grads(partial(turned, function=partial(liger.rotate, cos=cos, sin=sin)), [both], dy)
+        assert all(error(t, r) < 1e-6 for t, r in zip(got, ref, strict=True))
 
 
 CASES: dict[str, Callable[..., Tensor]] = {
