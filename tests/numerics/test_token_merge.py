@@ -1,5 +1,7 @@
 """Token merging: the kernels and the torch reference against float64 and against bipartite soft matching as it was published."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -38,7 +40,7 @@ def plan_of(metric, lengths, merges):
 def sets(plan):
     """The inputs of each output row, in the order of the plan."""
     ptr, inputs = plan.ptr.tolist(), plan.inputs.tolist()
-    return [tuple(inputs[a:b]) for a, b in zip(ptr[:-1], ptr[1:], strict=True)]
+    return [tuple(inputs[a:b]) for a, b in itertools.pairwise(ptr)]
 
 
 def error(got, expected):
@@ -96,7 +98,7 @@ def test_a_plan_is_consistent_and_keeps_the_order(mode, lengths, merges, seed):
     groups = sets(plan)
     assert sorted(t for g in groups for t in g) == list(range(sum(lengths)))
     assert plan.slot.tolist() == [o for _, o in sorted((t, o) for o, g in enumerate(groups) for t in g)]
-    for s, (first, last) in enumerate(zip(cu[:-1], cu[1:], strict=True)):
+    for s, (first, last) in enumerate(itertools.pairwise(cu)):
         own = groups[plan.cu_seqlens[s] : plan.cu_seqlens[s + 1]]
         assert all(first <= t < last and list(g) == sorted(g) for g in own for t in g)
         assert {*own} == {tuple(first + t for t in g) for g in published(x[first:last], merges[s])}

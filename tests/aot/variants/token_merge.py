@@ -74,7 +74,10 @@ VARIANTS = [
     *(
         make(width, kind, block, warps, *flags)
         for make in (_merge, _spread)
-        for width, kind, block, warps in ((1152, "bf16", 512, 2), (1152, "fp32", 512, 2), (72, "bf16", 128, 1))
-        for flags in ((True, True), (False, True), (False, False))
+        for width, kind, block, warps, flags in (
+            *((1152, "bf16", 512, 2, flags) for flags in ((True, True), (False, True), (False, False))),
+            (1152, "fp32", 512, 2, (True, True)),
+            (72, "bf16", 128, 1, (True, True)),
+        )
     ),
 ]
