@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -43,17 +44,29 @@ def attention_peak_share(settings: Settings) -> Result:
 def attention_planned_overhead(settings: Settings) -> Result:
     """Time for the spans of a planned rank over that of one document with as many pairs of tokens, less 1; the worst rank."""
     kernel = backend("auto", torch.device(settings.device), torch.bfloat16, SIZE)
-    spans = make_plan(PLANNED, RANKS, "planned")
-    found = []
-    for rank in range(RANKS):
-        route = exchange_route(spans, rank, None)
-        own = time_of(kernel, route.segments, sum(PLANNED) // RANKS, len(route.order))
-        length = round((2 * pairs(route.segments)) ** 0.5)
-        alone = time_of(kernel, document_segments((length,), None), length, length)
-        found.append((own / alone - 1, rank, own, alone, len(route.segments.rows)))
-    share, rank, own, alone, num = max(found)
+    share, rank, own, alone, num = planned_overhead(PLANNED, RANKS, partial(time_of, kernel))
     text = f"one causal call of equal FLOPs {alone * 1e3:.2f} ms; rank {rank} of {RANKS} {own * 1e3:.2f} ms, {num} spans, {kernel.name}"
     return Result("attention_planned_overhead", share, "share", "<= 0.1", text)
+
+
+def planned_overhead(
+    lengths: Sequence[int], num_ranks: int, seconds: Callable[[Segments, int, int], float]
+) -> tuple[float, int, float, float, int]:
+    """(overhead, rank, its seconds, seconds of one document with as many pairs, its spans) of the worst rank.
+
+    Args:
+        lengths: documents of a pack that the ranks divide evenly.
+        seconds: time of attention, forward and backward, for segments over so many queries and keys.
+    """
+    spans = make_plan(lengths, num_ranks, "planned")
+    found = []
+    for rank in range(num_ranks):
+        route = exchange_route(spans, rank, None)
+        own = seconds(route.segments, sum(lengths) // num_ranks, len(route.order))
+        length = round((2 * pairs(route.segments)) ** 0.5)
+        alone = seconds(document_segments((length,), None), length, length)
+        found.append((own / alone - 1, rank, own, alone, len(route.segments.rows)))
+    return max(found)
 
 
 def pairs(segments: Segments) -> int:

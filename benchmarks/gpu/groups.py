@@ -78,7 +78,7 @@ GROUPS: tuple[Group, ...] = (
 def run_group(name: str, lines: Path | None, *, dry: bool = False) -> Report:
     """Runs one group here; what it finds goes to `lines` at once, and an error is a failure among the rest."""
     group = next(g for g in GROUPS if g.name == name)
-    report = Report(name, lines)
+    report = Report(name, lines, dry=dry)
     seed = int(os.environ.get("MMSCALE_TEST_SEED") or secrets.randbelow(2**31))
     print(f"\n== {name}, seed {seed}", flush=True)
     known = read_lines(lines) if lines is not None else []

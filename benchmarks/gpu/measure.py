@@ -69,7 +69,11 @@ class Bench:
     def compiled(self, function: Callable[..., object]) -> Callable[..., object]:
         """The function through torch.compile with static shapes, as if it were compiled for the first time in this process."""
         torch._dynamo.reset()
-        return torch.compile(function, dynamic=False, backend="eager" if self.dry else "inductor")
+
+        def plain(*args: Tensor) -> object:  # what is compiled is a function, whatever kind of callable was given
+            return function(*args)
+
+        return torch.compile(plain, dynamic=False, backend="eager" if self.dry else "inductor")
 
     def case(
         self,

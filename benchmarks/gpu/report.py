@@ -92,10 +92,11 @@ _KINDS: dict[str, type[Entry]] = {"timing": Timing, "claim": Claim, "failure": F
 class Report:
     """Takes the entries of one group: prints each, and appends it to a file of JSON lines at once."""
 
-    def __init__(self, group: str, path: Path | None = None) -> None:
+    def __init__(self, group: str, path: Path | None = None, *, dry: bool = False) -> None:
         self.group = group
         self.entries: list[Entry] = []
         self._path = path
+        self._dry = dry
 
     def timing(self, case: str, impl: str, **numbers: float) -> Timing:
         """Adds a `Timing`."""
@@ -104,8 +105,8 @@ class Report:
         return entry
 
     def claim(self, text: str, value: float, unit: str = "", target: str = "") -> None:
-        """Adds a `Claim`."""
-        self.add(Claim(self.group, text, value, unit, target))
+        """Adds a `Claim`; a dry run's figures have no targets, as its times mean nothing."""
+        self.add(Claim(self.group, text, value, unit, "" if self._dry else target))
 
     def failure(self, text: str) -> None:
         """Adds a `Failure`."""
