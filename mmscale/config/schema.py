@@ -394,6 +394,9 @@ class RunConfig(Section):
         False,
         description="Go on in a run directory that was trained with other settings of the model or the optimization.",
     )
+    profile: bool = Field(
+        False, description="Record a few steps with torch's profiler: a trace per rank and a table in `profile/`."
+    )
     peak_tflops: PositiveFloat | None = Field(
         None,
         description="Peak TFLOP/s of one device, for the MFU and HFU figures; null = that of a known GPU in bf16 (B200, H200, H100, A100), else none.",

@@ -29,6 +29,7 @@ from mmscale.train.guard import Guard, Judgement, Verdict, read_history
 from mmscale.train.heartbeat import Heartbeat
 from mmscale.train.job import Job
 from mmscale.train.metrics import Reporter, StepMetrics, process_age_s, resident_gb
+from mmscale.train.profile import StepProfiler
 from mmscale.train.rollback import roll_back
 from mmscale.train.saver import Saver
 from mmscale.train.schedule import lr_factor
@@ -121,8 +122,15 @@ def train_from(run: Run, job: Job, beat: Heartbeat) -> Ended:
         began = "resume" if run.first_step > 1 else "start"
         reporter.event(began, run.first_step - 1, dp_size=run.mesh.dp_size, startup_s=process_age_s())
         stragglers = StragglerReport(run.mesh, config.run.watch, reporter)
-        with Ahead(run.stream.steps(run.state), run.sharing) as ahead:
-            return _steps(run, job, Tools(reporter, saver, _open_guard(run), beat, stragglers, ahead))
+        with Ahead(run.stream.steps(run.state), run.sharing) as ahead, _open_profiler(run) as profiler:
+            tools = Tools(reporter, saver, _open_guard(run), beat, stragglers, ahead, profiler)
+            return _steps(dataclasses.replace(run, engine=profiler.watch(run.engine)), job, tools)
+
+
+def _open_profiler(run: Run) -> StepProfiler:
+    """A profiler of the first steps of this start, which does nothing unless the run asks for it."""
+    folder = run.folder / "profile" if run.config.run.profile else None
+    return StepProfiler(folder, run.mesh, run.config.train.steps - run.first_step + 1)
 
 
 def _open_guard(run: Run) -> Guard:
@@ -142,6 +150,7 @@ class Tools:
     beat: Heartbeat
     stragglers: StragglerReport
     ahead: Ahead
+    profiler: StepProfiler
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +170,8 @@ def _steps(run: Run, job: Job, tools: Tools) -> Ended:
         for step in range(run.first_step, config.train.steps + 1):
             beat.phase("data", step)
             started = time.perf_counter()
-            batch, shared = tools.ahead.take()
+            with tools.profiler.data():
+                batch, shared = tools.ahead.take()
             if shared.spans is not None:
                 run.mesh.meter.add("share", shared.sent_bytes)
             clock = Clock(step, started, time.perf_counter() - started)
@@ -191,6 +201,7 @@ def _steps(run: Run, job: Job, tools: Tools) -> Ended:
             if (judgement.verdict is Verdict.SOUND or is_last) and saver.is_due(step):
                 beat.phase("save", step)
                 saver.start(step, trainer_state(run, state))
+            tools.profiler.after_step()
         beat.phase("stop", config.train.steps)
         saver.finish()
     finally:

@@ -1,11 +1,16 @@
 """The operations of a step by formula against torch's count of what the real model runs, forward and backward."""
 
 import random
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks.flops import FORMULAS
 from mmscale.config.schema import AudioConfig, Config, DataConfig, ModelConfig
 from mmscale.config.specs import media_specs
 from mmscale.model.batch import ModelBatch
@@ -43,7 +48,7 @@ VISION = [
     {"model_type": "dinov2", "image_size": 28, "patch_size": 14, "use_swiglu_ffn": True},
     {"model_type": "dinov2_with_registers", "image_size": 28, "patch_size": 7, "num_register_tokens": 3},
 ]
-CONNECTORS = ["linear", "mlp2x_gelu", "mlp3x_gelu", "mlp_downsample", "mlp_downsample_3x3"]
+CONNECTORS = ["linear", "mlp2x_gelu", "mlp3x_gelu", "mlp_downsample", "mlp_downsample_3x3", "pixel_shuffle", "patch_merger"]
 WHISPER = {
     "model_type": "whisper", "d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 24,
     "decoder_attention_heads": 2, "decoder_ffn_dim": 8, "max_source_positions": 10, "num_mel_bins": 8, "vocab_size": 64,
@@ -54,54 +59,6 @@ WAV2VEC2 = {
     "conv_dim": [16, 24], "conv_kernel": [10, 4], "conv_stride": [5, 4], "num_conv_pos_embeddings": 16,
     "num_conv_pos_embedding_groups": 4, "num_feat_extract_layers": 2,
 }  # fmt: skip
-
-
-def pairs_of_call(q, k, causal, mask):
-    """Pairs that a call of the CPU's fused attention sees, from what the call is given."""
-    num_q, num_k = q.shape[2], k.shape[2]
-    if mask is not None:
-        assert mask.shape[-2:] == (num_q, num_k)
-        return int(mask.isfinite().sum()) // mask[..., 0, 0].numel()
-    return num_q * (num_q + 1) // 2 if causal else num_q * num_k
-
-
-def attention_forward(q, k, v, dropout=0.0, causal=False, *, attn_mask=None, scale=None, out_val=None):
-    return 2 * 2 * q[..., 0, :].numel() * pairs_of_call(q, k, causal, attn_mask)
-
-
-def attention_backward(dout, q, k, v, out, lse, dropout, causal, *, attn_mask=None, scale=None, out_val=None):
-    """The scores once more, then the gradients of values, weights, queries and keys."""
-    return 5 * 2 * q[..., 0, :].numel() * pairs_of_call(q, k, causal, attn_mask)
-
-
-def convolution_backward(dout, x, weight, bias, stride, pad, dilation, transposed, extra, groups, wanted, out_val=None):
-    """As torch's, which forgets the groups in the gradient of the weight."""
-    return (wanted[0] + wanted[1]) * 2 * len(x) * dout[0, 0].numel() * weight.numel()
-
-
-def grouped_product(x, weight, *args, out_val=None, **kwargs):
-    """Every row of x [rows, k] meets one matrix of weight [groups, k, n]; with two matrices, [n, rows] and [rows, k], a group of rows."""
-    return 2 * x.numel() * weight.shape[-1]
-
-
-def head_and_loss(
-    hidden, weight, bias, labels, z_loss, memory, dtype, wants_hidden, wants_weight, wants_bias, out_val=None
-):
-    """One operator makes the logits and their gradients, all in the forward pass."""
-    return (1 + wants_hidden + wants_weight) * 2 * len(hidden) * weight.numel()
-
-
-FORMULAS = {
-    aten._scaled_dot_product_flash_attention_for_cpu: attention_forward,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
-    aten.convolution_backward: convolution_backward,
-    aten._grouped_mm: grouped_product,
-}
-"""What torch's counter does not know by itself: the CPU's fused attention, products of experts, groups of a convolution."""
-if hasattr(torch.ops.mmscale, "linear_cross_entropy"):
-    FORMULAS[torch.ops.mmscale.linear_cross_entropy] = head_and_loss
-for formula in FORMULAS.values():
-    formula._get_raw = True
 
 
 def random_run(rng, family, *, has_vision, has_audio, checkpointed):
@@ -208,13 +165,13 @@ def test_what_the_training_needs_is_that_without_what_is_done_twice(number, seed
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt_oss"])
 def test_torch_alone_counts_the_same_where_attention_is_written_out(family, seed, make_pack):
-    """No formula of ours in the counter: the kernel `math` multiplies whole squares, which its bmm show."""
+    """No formula for attention in the counter: the kernel `math` multiplies whole squares, which its bmm show."""
     rng = random.Random(seed)
     config, trained = random_run(rng, family, has_vision=False, has_audio=False, checkpointed=False)
     model, specs = prepared(config, trained)
     pack = make_pack(specs, [[("text", rng.randint(5, 40))] for _ in range(4)], seed, VOCAB)
-    grouped = {aten._grouped_mm: grouped_product} if family == "gpt_oss" else {}
-    counted, _ = count(model, ModelBatch.of(pack, "math"), grouped)
+    others = {op: FORMULAS[op] for op in (aten._grouped_mm, torch.ops.mmscale.linear_cross_entropy)}
+    counted, _ = count(model, ModelBatch.of(pack, "math"), others)
     flops = flop_model(model.config, trained)
     squares = sum(n * n for n in pack.lengths)
     beyond = sum(f.hardware * (squares - seen_pairs(pack.lengths, w)) for w, f in flops.pairs.items())
