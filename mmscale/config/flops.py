@@ -7,7 +7,7 @@ A multiplication with its addition counts as two operations. Counted are product
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,17 +42,19 @@ class PartWork:
     linear     of all other products with weights
     attention  of products between activations
     layers     of all layers that activation checkpointing would compute again, as far as it would
+    matching   of products that no gradient passes
     """
 
     first: float
     linear: float
     attention: float = 0.0
     layers: float = 0.0
+    matching: float = 0.0
 
     @property
     def forward(self) -> float:
         """Of the whole forward pass."""
-        return self.first + self.linear + self.attention
+        return self.first + self.linear + self.attention + self.matching
 
 
 def llm_work(raw: Mapping[str, Any], vocab_size: int) -> LlmWork:
@@ -122,16 +124,30 @@ def audio_work(raw: Mapping[str, Any], select_layer: int | None, window_samples:
 def connector_work(name: str, inputs: int, width: int, rows: int) -> PartWork:
     """The work of the connector `name` on one tower input: from `inputs` tower channels to `rows` rows of `width`.
 
-    Raises ConfigError for an unknown connector.
+    What `token_merge` costs to find similar rows is left out, see `matching_work`. Raises ConfigError for an unknown connector.
     """
     cell = inputs * connector_stride(name) ** 2
-    depth = mlp_depth(name) or 1
+    depth = 2 if name == "token_merge" else mlp_depth(name) or 1
     if connector_stride(name) == 1:
         products = [cell * width] + [width * width] * (depth - 1)
         return PartWork(2.0 * rows * products[0], 2.0 * rows * sum(products[1:]))
     # these begin with a norm whose weights learn: the gradient of the first product's input is always wanted
-    middle = [cell * 3 * inputs, 3 * inputs * width] if connector_stride(name) == 3 else [cell * width]
-    return PartWork(0.0, 2.0 * rows * (sum(middle) + width * width))
+    if name == "patch_merger":
+        products = [cell * cell, cell * width]
+    elif connector_stride(name) == 3:
+        products = [cell * 3 * inputs, 3 * inputs * width, width * width]
+    else:
+        products = [cell * width, width * width]
+    return PartWork(0.0, 2.0 * rows * sum(products))
+
+
+def matching_work(inputs: int, patches: int, rows_by_round: Sequence[int]) -> float:
+    """Operations of `token_merge` on one tower input: in each round half of the rows meets the other half.
+
+    Args:
+        rows_by_round: rows that are left after each round.
+    """
+    return sum(2.0 * inputs * (n // 2) * (n - n // 2) for n in [patches, *rows_by_round][:-1])
 
 
 def layers_used(select_layer: int | None, layers: int) -> int:
