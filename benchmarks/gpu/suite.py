@@ -1,6 +1,6 @@
 """The tests of the kernels as a group of their own: pytest's counts as figures, its failures as failures.
 
-`tests/numerics` takes the GPU where there is one, so kernels are compiled there and not interpreted.
+Tests of `tests/numerics` that take the GPU where there is one run with it: kernels are compiled then, not interpreted.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from xml.etree import ElementTree
 from benchmarks.gpu.measure import Bench
 
 REPO = Path(__file__).parents[2]
+ON_ANY_DEVICE = ("tests/numerics/test_downsample_norm.py", "tests/numerics/test_token_merge.py")
+"""Files whose tests take the GPU where there is one; the others of their folder are about the CPU."""
 PROCESSES = 4
 """On one GPU, where pytest-xdist is installed: most of the time is compilation on the host."""
 
 
 def run(bench: Bench) -> None:
-    """Runs `tests/gpu` and `tests/numerics`; a dry run the former only, whose tests skip themselves without a GPU."""
-    folders = ["tests/gpu"] if bench.dry else ["tests/gpu", "tests/numerics"]
+    """Runs `tests/gpu` and `ON_ANY_DEVICE`; a dry run the former only, whose tests skip themselves without a GPU."""
+    folders = ["tests/gpu", *(() if bench.dry else ON_ANY_DEVICE)]
     spread = [] if bench.dry or importlib.util.find_spec("xdist") is None else ["-n", str(PROCESSES)]
     with tempfile.TemporaryDirectory() as scratch:
         results = Path(scratch) / "results.xml"

@@ -21,6 +21,7 @@ from benchmarks.gpu.__main__ import choose, in_process, main
 from benchmarks.gpu.groups import GROUPS, Group, run_group
 from benchmarks.gpu.measure import Bench, relative
 from benchmarks.gpu.report import MAX_LINES, Claim, Failure, Report, Timing, read_lines, store, table
+from benchmarks.gpu.suite import ON_ANY_DEVICE
 from benchmarks.gpu.wheels import PACKAGES, missing, pinned
 
 
@@ -178,6 +179,13 @@ def test_kernels_are_always_held_against_this_device():
     assert [g.name for g in choose("kernels", "ceil")] == ["ceilings"]
     assert [g.name for g in choose("steps", "padded")] == ["steps padded"]
     assert choose("all", "") == list(GROUPS)
+
+
+def test_tests_that_follow_the_gpu_run_there():
+    texts = {
+        path.relative_to(REPO).as_posix(): path.read_text() for path in (REPO / "tests/numerics").glob("test_*.py")
+    }
+    assert set(ON_ANY_DEVICE) == {name for name, text in texts.items() if 'DEVICE = "cuda" if' in text}
 
 
 def test_wheels_of_missing_packages_only(tmp_path):
