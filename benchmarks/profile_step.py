@@ -1,5 +1,6 @@
 """Where a CPU step's time goes: `python -m benchmarks.profile_step` prints tables and writes them to
-`benchmarks/results/step_profile_cpu.md`. Model and data are those of `step_ratio_skewed`."""
+`benchmarks/results/step_profile_cpu.md`. The model is that of the step race, the data are the
+instruction mix with about 8 documents to a pack."""
 
 from __future__ import annotations
 
@@ -124,8 +125,8 @@ def report(phases: Phases, profiled: tuple[list[Any], float], run: Run) -> str:
         "# Where the time of a CPU step goes",
         "",
         f"`python -m benchmarks.profile_step`, {time.strftime('%Y-%m-%d')}: {platform.machine()}, one thread, torch {torch.__version__}.",
-        f"{parameters / 1e6:.1f} M parameters, one pack of {run.config.data.seq_len} tokens per step, fp32, data of",
-        "`step_ratio_skewed`, read and decoded in the same process.",
+        f"{parameters / 1e6:.1f} M parameters, one pack of {run.config.data.seq_len} tokens per step, fp32, lengths of the",
+        "instruction mix, about 8 documents to a pack, read and decoded in the same process.",
         "",
         f"| phase (median of {TIMED} steps, without the profiler) | CPU ms | share |",
         "|---|---|---|",
