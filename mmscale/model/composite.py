@@ -6,6 +6,8 @@ see all of them. Shapes: T tokens of the pack, N targets, M media rows, D width,
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
