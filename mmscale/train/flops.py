@@ -16,12 +16,14 @@ nor is what parallel layouts add: the operations of a pack do not depend on how 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from mmscale.config.flops import LlmWork, PartWork, audio_work, connector_work, llm_work, vision_work
+from mmscale.config.flops import LlmWork, PartWork, audio_work, connector_work, llm_work, matching_work, vision_work
 from mmscale.config.schema import Config
+from mmscale.config.specs import vision_grid
+from mmscale.model.connectors.token_merge import rows_by_round
 from mmscale.model.description import MmscaleConfig
 from mmscale.types import PackedBatch
 
@@ -137,6 +139,10 @@ def _encoders(model: MmscaleConfig) -> dict[str, tuple[PartWork, PartWork]]:
     if specs.image is not None and model.vision_connector is not None:
         raw = model.vision_config.to_dict()
         connector = connector_work(model.vision_connector, int(raw["hidden_size"]), width, specs.image.tokens)
+        if model.vision_connector == "token_merge":
+            patches = vision_grid(raw).side ** 2
+            rounds = rows_by_round(patches, specs.image.tokens)
+            connector = replace(connector, matching=matching_work(int(raw["hidden_size"]), patches, rounds))
         found["vision"] = (vision_work(raw, model.vision_select_layer), connector)
     if specs.audio is not None and model.audio_connector is not None:
         raw, audio = model.audio_config.to_dict(), specs.audio

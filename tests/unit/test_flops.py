@@ -48,7 +48,16 @@ VISION = [
     {"model_type": "dinov2", "image_size": 28, "patch_size": 14, "use_swiglu_ffn": True},
     {"model_type": "dinov2_with_registers", "image_size": 28, "patch_size": 7, "num_register_tokens": 3},
 ]
-CONNECTORS = ["linear", "mlp2x_gelu", "mlp3x_gelu", "mlp_downsample", "mlp_downsample_3x3", "pixel_shuffle", "patch_merger"]
+CONNECTORS = [
+    "linear",
+    "mlp2x_gelu",
+    "mlp3x_gelu",
+    "mlp_downsample",
+    "mlp_downsample_3x3",
+    "pixel_shuffle",
+    "patch_merger",
+    "token_merge",
+]
 WHISPER = {
     "model_type": "whisper", "d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 24,
     "decoder_attention_heads": 2, "decoder_ffn_dim": 8, "max_source_positions": 10, "num_mel_bins": 8, "vocab_size": 64,
@@ -72,6 +81,8 @@ def random_run(rng, family, *, has_vision, has_audio, checkpointed):
         tower = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, **rng.choice(VISION)}
         layer = rng.choice([None, -1, -2, 1])
         model["vision"] = {"config": tower, "connector": rng.choice(CONNECTORS), "select_layer": layer}
+        if model["vision"]["connector"] == "token_merge":
+            model["vision"]["token_merge"] = {"ratio": rng.choice([0.3, 0.6, 1.0])}
     if has_audio:
         encoders.append("audio")
         keys = {
@@ -202,11 +213,13 @@ def test_frozen_parts_cost_less_and_checkpointing_costs_the_devices_only():
     config, _ = random_run(rng, "llama", has_vision=True, has_audio=False, checkpointed=False)
     described = describe(config.model, VOCAB, media_specs(config.model, config.data))
     everything = flop_model(described, ["llm", "vision", "vision_connector"])
+    nothing_of_the_tower = flop_model(described, ["llm", "vision_connector"]).inputs["vision"]
+    assert nothing_of_the_tower.model < everything.inputs["vision"].model
     connector = flop_model(described, ["vision_connector"])
     assert connector.token.model == pytest.approx(everything.token.model * 2 / 3)
     assert connector.target.model == pytest.approx(everything.target.model * 2 / 3)
     assert connector.pairs == everything.pairs, "gradients pass a frozen language model"
-    assert connector.inputs["vision"].model < everything.inputs["vision"].model / 2
+    assert connector.inputs["vision"] == nothing_of_the_tower
     again = flop_model(described, ["llm", "vision", "vision_connector"], checkpointed=True)
     assert again.token.model == everything.token.model
     assert again.token.hardware > everything.token.hardware
