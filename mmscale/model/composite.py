@@ -18,8 +18,8 @@ from mmscale.kernels.linear_cross_entropy import take_rows
 from mmscale.model.batch import ModelBatch
 from mmscale.model.description import MmscaleConfig, describe
 from mmscale.model.encoder import MediaEncoder, build_audio, build_vision
-from mmscale.model.llm.head import LossOptions, loss_head, put_loss_head
 from mmscale.model.llm.embedding import embed_pack
+from mmscale.model.llm.head import LossOptions, loss_head, put_loss_head
 from mmscale.model.llm.layers import replace_layers
 from mmscale.model.llm.load import load_llm
 from mmscale.types import MediaSpecs, PackedBatch
