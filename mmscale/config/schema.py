@@ -45,7 +45,7 @@ class TowerConfig(Section):
     )
     connector: str = Field(
         "mlp2x_gelu",
-        description="Connector from tower to LLM width: linear, mlpNx_gelu, mlp_downsample, mlp_downsample_3x3, token_merge (vision only; merges similar rows, then two layers like mlp2x_gelu).",
+        description="Connector from tower to LLM width: linear, mlpNx_gelu, mlp_downsample, mlp_downsample_3x3, pixel_shuffle (InternVL), patch_merger (Qwen2-VL), token_merge (vision only; merges similar rows, then two layers like mlp2x_gelu).",
     )
 
 
