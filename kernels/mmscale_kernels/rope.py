@@ -60,31 +60,26 @@ def rotate_formula(q_BLHD: Tensor, k_BLGD: Tensor, cos: Tensor, sin: Tensor) -> 
 class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_BLHD: Tensor, k_BLGD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        half = cos.shape[-1] // 2
-        cos_BL1E, sin_BL1E = (angle[..., :half].unsqueeze(-2) for angle in (cos, sin))
-        ctx.save_for_backward(cos_BL1E, sin_BL1E)
-        return _turned(q_BLHD, cos_BL1E, sin_BL1E, 1), _turned(k_BLGD, cos_BL1E, sin_BL1E, 1)
+        cos, sin = cos.unsqueeze(-2), sin[..., : sin.shape[-1] // 2].unsqueeze(-2)
+        ctx.save_for_backward(cos, sin)
+        return _turned(q_BLHD, cos, sin, 1), _turned(k_BLGD, cos, sin, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        cos_BL1E, sin_BL1E = ctx.saved_tensors
-        back = (
-            _turned(grad, cos_BL1E, sin_BL1E, -1) if needed else None
-            for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)
-        )
-        return *back, None, None
+        cos, sin = ctx.saved_tensors  # once: recomputed activations are given away at the first look
+        needed = zip(grads, ctx.needs_input_grad, strict=False)
+        return *(_turned(grad, cos, sin, -1) if wanted else None for grad, wanted in needed), None, None
 
 
-def _turned(x: Tensor, cos_BL1E: Tensor, sin_BL1E: Tensor, sign: int) -> Tensor:
-    """x [..., D] turned by the angles (`sign` 1) or back (-1), in the type of x."""
-    half = cos_BL1E.shape[-1]
-    dtype = torch.promote_types(x.dtype, cos_BL1E.dtype)
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    """x [..., D] turned by the angles (`sign` 1) or back (-1), in the type of x; cos [..., 1, 2E], sin [..., 1, E]."""
+    half = sin.shape[-1]
+    dtype = torch.promote_types(x.dtype, cos.dtype)
     x_acc = x.to(dtype)
-    first, second = x_acc[..., :half], x_acc[..., half : 2 * half]
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    torch.mul(first, cos_BL1E, out=out[..., :half]).addcmul_(second, sin_BL1E, value=-sign)
-    torch.mul(second, cos_BL1E, out=out[..., half : 2 * half]).addcmul_(first, sin_BL1E, value=sign)
-    if x.shape[-1] > 2 * half:
-        out[..., 2 * half :] = x_acc[..., 2 * half :]
+    torch.mul(x_acc[..., : 2 * half], cos, out=out[..., : 2 * half])
+    out[..., :half].addcmul_(x_acc[..., half : 2 * half], sin, value=-sign)
+    out[..., half : 2 * half].addcmul_(x_acc[..., :half], sin, value=sign)
+    out[..., 2 * half :] = x_acc[..., 2 * half :]
     return out.to(x.dtype)
