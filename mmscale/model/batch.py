@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +53,13 @@ class ModelBatch:
 
     def to(self, device: torch.device | str) -> ModelBatch:
         """The same with every tensor on `device` (asynchronous from pinned memory)."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> ModelBatch:
+        """The same in pinned host memory, from which `to` does not wait; needs CUDA."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> ModelBatch:
         names = ("input_ids", "position_ids", "labels", "target_idx", "source_index", "media_positions")
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        inputs = {modality: data.to(device, non_blocking=True) for modality, data in self.inputs.items()}
-        return replace(self, inputs=inputs, **moved)
+        changed: dict[str, Any] = {name: change(getattr(self, name)) for name in names}
+        return replace(self, inputs={modality: change(data) for modality, data in self.inputs.items()}, **changed)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Generator
+from dataclasses import replace
 from types import TracebackType
 
 from mmscale.parallel.share import Shared, Sharing, share_packs
@@ -81,7 +82,10 @@ class Ahead:
 
     def _make(self) -> Step:
         batch = next(self._steps)
-        return batch, share_packs(self._sharing, batch.packs, batch.places, batch.num_packs)
+        shared = share_packs(self._sharing, batch.packs, batch.places, batch.num_packs)
+        if self._sharing.mesh.device.type == "cuda":
+            shared = replace(shared, batches=tuple(part.pinned() for part in shared.batches))
+        return batch, shared
 
     def _work(self) -> None:
         try:

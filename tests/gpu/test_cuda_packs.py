@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 from mmscale.config.schema import Config
 from mmscale.config.specs import media_specs
+from mmscale.model.batch import ModelBatch
 from mmscale.model.composite import build_model
 from mmscale.model.llm.attention import WholePack, packed_attention
 from mmscale.streaming.collate import collate
@@ -92,6 +93,20 @@ def make_pack(specs, seed):
         targets[length // 2 + 16 :] = True
         documents.append(EncodedSample(str(i), torch.randint(0, 250, (length,), generator=generator), targets, media))
     return collate(documents, specs)
+
+
+def test_a_pinned_pack_reaches_the_gpu_without_a_sync(seed):
+    config = tiny_config("bf16")
+    batch = ModelBatch.of(make_pack(media_specs(config.model, config.data), seed)).pinned()
+    assert batch.input_ids.is_pinned() and all(data.is_pinned() for data in batch.inputs.values())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        moved = batch.to("cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(moved.labels.cpu(), batch.labels) and torch.equal(
+        moved.inputs["image"].cpu(), batch.inputs["image"]
+    )
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("fp32", 1e-4), ("bf16", 3e-2)])

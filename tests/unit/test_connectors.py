@@ -182,11 +182,11 @@ def test_unknown_names_are_refused_with_the_list(name):
 
 
 @pytest.mark.parametrize("patches", [1, 2, 5, 16, 27, 64, 729])
-def test_rounds_merge_at_most_half_and_end_where_asked(patches):
+def test_rounds_merge_at_most_a_third_and_end_where_asked(patches):
     for rows in range(1, patches + 1):
         counts = [patches, *rows_by_round(patches, rows)]
         assert counts[-1] == rows
-        assert all(0 < before - after <= before // 2 for before, after in itertools.pairwise(counts))
+        assert all(0 < before - after <= max(1, before // 3) for before, after in itertools.pairwise(counts))
 
 
 def test_the_ratio_is_rounded_up_exactly():

@@ -16,21 +16,25 @@ from mmscale.kernels.token_merge import merge, plan_merges
 def rows_by_round(patches: int, rows: int) -> list[int]:
     """Rows after each round of merging, the last one `rows`: the fewest rounds, each with about the same share left.
 
-    A round can merge half of its rows at most. Sharing the merges out lets each round choose the most similar ones.
+    A round could merge half of its rows, but then it merges every source, similar to its best target or not. It merges a third
+    at most, so that each round takes the most similar ones.
 
     Example:
-        >>> rows_by_round(729, 365), rows_by_round(729, 128), rows_by_round(5, 5)
-        ([365], [408, 229, 128], [])
+        >>> rows_by_round(729, 365), rows_by_round(16, 8), rows_by_round(5, 5)
+        ([516, 365], [11, 8], [])
     """
+
+    def fewest(now: int) -> int:
+        return now - max(1, now // 3)
+
     rounds, least = 0, patches
     while least > rows:
-        rounds, least = rounds + 1, -(-least // 2)
-    left: list[int] = []
-    for done in range(1, rounds + 1):
-        now = left[-1] if left else patches
-        even = round(patches * (rows / patches) ** (done / rounds))
-        left.append(min(max(-(-now // 2), even), rows << (rounds - done)))
-    return left
+        rounds, least = rounds + 1, fewest(least)
+    left = [patches]
+    while left[-1] > rows:
+        even = round(patches * (rows / patches) ** (len(left) / rounds))
+        left.append(max(rows, even, fewest(left[-1])))
+    return left[1:]
 
 
 class TokenMergeConnector(nn.Sequential):
