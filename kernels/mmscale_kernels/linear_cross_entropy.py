@@ -128,7 +128,7 @@ class _TakeRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         (rows_N,) = ctx.saved_tensors
-        return grad_ND.new_zeros(ctx.num_rows, grad_ND.shape[1]).index_copy(0, rows_N, grad_ND), None
+        return grad_ND.new_zeros(ctx.num_rows, grad_ND.shape[1]).index_copy_(0, rows_N, grad_ND), None
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +263,8 @@ def _add_product(g_CV: Tensor, x_CD: Tensor, sum_VD: Tensor) -> None:
     if sum_VD.dtype == g_CV.dtype:
         sum_VD.addmm_(g_CV.t(), x_CD)
         return
-    num_columns = max(1, 2 * g_CV.numel() // max(1, x_CD.shape[1]))
+    copies = 1 if g_CV.is_cuda else 3  # a CPU widens a piece to fp32 before it adds it
+    num_columns = max(1, 2 * g_CV.numel() // max(1, copies * x_CD.shape[1]))
     for g_CP, sum_PD in zip(g_CV.split(num_columns, 1), sum_VD.split(num_columns), strict=True):
         sum_PD += g_CP.t() @ x_CD
 

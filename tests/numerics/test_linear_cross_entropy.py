@@ -39,8 +39,9 @@ def room_for(rows, width, vocab, dtype):
     return rows * (vocab * logit + 2 * width * dtype.itemsize + 128)
 
 
-def relative(got, want):
-    norm = want.detach().double().norm()
+def relative(got, want, least=0.0):
+    """`least`: beneath this norm of `want`, errors count absolutely."""
+    norm = want.detach().double().norm().clamp_min(least)
     return float((got.detach().double() - want.detach().double()).norm() / norm)
 
 
@@ -58,7 +59,8 @@ def errors(seed, rows, width, vocab, dtype, chunk, device="cpu", z_loss=0.0):
     grads = torch.autograd.grad(loss * 0.37, (hidden, weight, bias))
     assert loss.dtype == torch.promote_types(dtype, torch.float32) and [g.dtype for g in grads] == [dtype] * 3
     want = exact(hidden, weight, bias, labels, z_loss, 0.37)
-    return [relative(a, b) for a, b in zip((loss, *grads), want, strict=True)]
+    # what is left of 1 - softmax where one row's target is almost sure is made of rounding
+    return [relative(a, b, least=0.3) for a, b in zip((loss, *grads), want, strict=True)]
 
 
 @pytest.mark.parametrize("dtype", LIMITS)
@@ -181,9 +183,10 @@ def test_the_peak_is_seen():
 
 
 @pytest.mark.parametrize("mode", ["fp32", "bf16", "autocast", "frozen head", "no_grad"])
-def test_memory_stays_within_the_budget_at_any_length(mode, seed):
+@pytest.mark.parametrize("width", [16, 512])
+def test_memory_stays_within_the_budget_at_any_length(width, mode, seed):
     """Beside weights and gradients: the allocator is watched through forward and backward."""
-    width, vocab, budget = 16, 2000, 2_000_000
+    vocab, budget = 2000, 2_000_000
     dtype = torch.bfloat16 if mode == "bf16" else torch.float32
     for rows in (100, 1000, 4000):
         hidden, weight, bias, labels = inputs(seed, rows, width, vocab, dtype)
@@ -204,7 +207,8 @@ def test_memory_stays_within_the_budget_at_any_length(mode, seed):
         copy = weight.numel() * 2 if mode == "autocast" else 0
         print(f"{mode} {rows} rows: peak {peak}, gradients {gradients}, copy of the weight {copy}")
         assert peak - gradients - copy <= budget
-        assert peak - gradients - copy > budget / 3 or rows == 100, "the budget is used"
+        # wide gradients added up in fp32 have their peak after the last chunk, when they are cast
+        assert peak - gradients - copy > budget / 3 or rows == 100 or width > 16, "the budget is used"
     assert rows * vocab * 4 > 10 * budget, "all logits at once would not fit"
 
 
