@@ -17,5 +17,8 @@ R = TypeVar("R")
 
 @functools.cache
 def compiled(function: Callable[P, R]) -> Callable[P, R]:
-    """`function` through torch.compile, with sizes that may change between calls without a new compilation."""
-    return torch.compile(function, dynamic=True, fullgraph=True)
+    """`function` through torch.compile, with sizes that may change between calls without a new compilation.
+
+    Other ranks, types, sizes of 1 and grad modes are compiled anew, up to Dynamo's limit of 8; what goes beyond runs as it is.
+    """
+    return torch.compile(function, dynamic=True)  # with fullgraph=True the ninth would raise FailOnRecompileLimitHit

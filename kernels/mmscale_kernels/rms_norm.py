@@ -42,7 +42,9 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float, *, offset: float = 0.0, ro
     if x.is_cuda and x.numel() and x.dtype != torch.float64 and use_triton(x, weight_D):
         if liger.is_installed() and x.dtype == weight_D.dtype and (rounds_first or offset == 1.0):
             return liger.rms_norm(x, weight_D, eps, offset, rounds_first)
-        return compiled(rms_norm_formula)(x, weight_D, eps, offset, rounds_first)
+        # as rows: hidden states and heads, [B, L, D] and [B, L, H, D], are one compilation
+        rows = compiled(rms_norm_formula)(x.reshape(-1, x.shape[-1]), weight_D, eps, offset, rounds_first)
+        return rows.view(x.shape)
     out: Tensor = _RmsNorm.apply(x, weight_D, eps, offset, rounds_first)  # type: ignore[no-untyped-call]
     return out
 
