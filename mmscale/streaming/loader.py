@@ -158,6 +158,11 @@ class Stream:
         facts = _facts(data, plan, opened)
         return cls(facts, data, plan, opened, global_batch, dp_rank, dp_size, workers, divide, member)
 
+    @property
+    def meets_ranks(self) -> bool:
+        """False: each rank plans for itself."""
+        return False
+
     def restore(self, data: Mapping[str, Any]) -> StreamState:
         """The state that `StreamState.to_dict` gave. Raises CheckpointError naming what differs in the data."""
         return StreamState.from_dict(data, self.facts)

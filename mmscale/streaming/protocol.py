@@ -61,6 +61,12 @@ class DataStep(Protocol):
 class DataStream(Protocol):
     """The training data of one data-parallel rank."""
 
+    @property
+    def meets_ranks(self) -> bool:
+        """Whether every step is agreed on with the other ranks, on a group that the trainer uses, too: only the thread that
+        talks to that group may then ask for steps."""
+        ...
+
     def restore(self, data: Mapping[str, Any]) -> DataState:
         """The state that `DataState.to_dict` gave. Raises CheckpointError when it belongs to other data."""
         ...

@@ -1,7 +1,8 @@
 """The next step's packs, fetched and divided while this step computes.
 
 Where ranks share packs, or a GPU computes, this is the work of a thread: splitting a pack of 131,072 tokens and sending its parts
-takes 0.1 to 0.3 s of host time. One process on a CPU would only take the time from itself, and does it when it is asked.
+takes 0.1 to 0.3 s of host time. One process on a CPU would only take the time from itself, and does it when it is asked; so does
+a stream whose steps are agreed on with all ranks (stream mode), as two threads cannot talk to one group.
 """
 
 from __future__ import annotations
@@ -27,10 +28,13 @@ class Ahead:
     `take` gives the next one; `begin` starts to make the one after it, and is called when the main thread has no more to say to
     the group of the replica, which the thread then uses alone until `settle` or `take` has returned.
 
+    Args:
+        meets_ranks: see `DataStream`.
+
     Distributed: every rank of a replica calls the same methods in the same order.
     """
 
-    def __init__(self, steps: Generator[DataStep, None, None], sharing: Sharing) -> None:
+    def __init__(self, steps: Generator[DataStep, None, None], sharing: Sharing, *, meets_ranks: bool = False) -> None:
         self._steps = steps
         self._sharing = sharing
         self._is_making = False
@@ -38,7 +42,7 @@ class Ahead:
         self._made: queue.SimpleQueue[Step | BaseException] = queue.SimpleQueue()
         self._next: Step | BaseException | None = None
         self._thread: threading.Thread | None = None
-        if sharing.mesh.replica.size > 1 or sharing.mesh.device.type == "cuda":
+        if not meets_ranks and (sharing.mesh.replica.size > 1 or sharing.mesh.device.type == "cuda"):
             # of this thread alone: the loader's processes live as long as the thread that starts them
             self._thread = threading.Thread(target=self._work, name="ahead", daemon=True)
             self._thread.start()

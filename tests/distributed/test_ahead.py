@@ -7,6 +7,7 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from grids import grid
 
@@ -76,6 +77,16 @@ def test_one_process_on_a_cpu_makes_steps_when_asked() -> None:
             ahead.settle()
     main = threading.current_thread().name
     assert log == [main] * 3 + [f"closed by {main}"]
+
+
+@pytest.mark.parametrize("meets_ranks", [False, True])
+def test_steps_that_ranks_agree_on_are_made_in_the_thread_that_talks_to_them(meets_ranks: bool) -> None:
+    log: list[str] = []
+    with Ahead(steps_of(2, log), Sharing(Mesh(0, 1, 0, 1, torch.device("cuda"))), meets_ranks=meets_ranks) as ahead:
+        for step in range(2):
+            assert ahead.take()[0].step == step
+            ahead.begin()
+    assert set(log[:2]) == {threading.current_thread().name if meets_ranks else "ahead"}
 
 
 def test_steps_are_made_ahead_and_in_order(ranks) -> None:

@@ -147,6 +147,11 @@ class UnindexedStream:
         )
         return cls(facts, data, opened, global_batch, dp_rank, dp_size, workers, exchange)
 
+    @property
+    def meets_ranks(self) -> bool:
+        """See `DataStream`: by `exchange`, in every step."""
+        return self.dp_size > 1
+
     def restore(self, data: Mapping[str, Any]) -> UnindexedState:
         """The state that `UnindexedState.to_dict` gave. Raises CheckpointError naming what differs in the data."""
         return UnindexedState.from_dict(data, self.facts)
