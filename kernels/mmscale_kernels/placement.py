@@ -17,10 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mmscale.kernels.dispatch import use_triton
 
 _INTEGERS = (torch.int32, torch.int64)
+_SORTED_ROWS = 3073
+"""Rows from which CUDA's gradient of an embedding sorts and adds up in fp32. With fewer it adds in the type of the gradient (5e-3
+off in bf16), and beyond 1024 without a barrier that it needs (pytorch#187687, #199569)."""
 
 
 def embed_and_place(
@@ -224,8 +228,13 @@ def _embedding_grad(grad_TD: Tensor, ids_T: Tensor, source_T: Tensor, num_rows: 
     if padding_idx is not None:
         has_none_T |= ids_T == padding_idx
     rows_T = torch.where(has_none_T, num_rows, ids_T)
-    # on CUDA sorted sums in fp32 whatever the type; on the CPU it would add in the type of the gradient
-    wide_TD = grad_TD if grad_TD.is_cuda else grad_TD.to(torch.promote_types(grad_TD.dtype, torch.float32))
+    missing = _SORTED_ROWS - rows_T.shape[0]
+    if not grad_TD.is_cuda:  # it would add in the type of the gradient
+        wide_TD = grad_TD.to(torch.promote_types(grad_TD.dtype, torch.float32))
+    elif missing > 0:
+        wide_TD, rows_T = F.pad(grad_TD, (0, 0, 0, missing)), F.pad(rows_T, (0, missing), value=num_rows)
+    else:
+        wide_TD = grad_TD
     sums = torch.ops.aten.embedding_dense_backward(wide_TD, rows_T, num_rows + 1, num_rows, False)
     return sums[:num_rows].to(grad_TD.dtype)
 
