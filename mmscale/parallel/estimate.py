@@ -4,14 +4,14 @@ Sources: sharding by Rajbhandari et al. 2020 (ZeRO, arXiv:1910.02054, section 3)
 (arXiv:2205.05198, section 4), written out for decoders with RMSNorm and a gated MLP and for attention that keeps no scores.
 Per token and layer autograd keeps
 
-    width x (4 b + 8) + 8              the two norms: fp32 input, output before and behind its weight, scale
+    width x 4 b + 8                    the two norms: input, output, scale
     heads x head_size x 2 b            queries, and the output of attention
     kv_heads x head_size x 2 b         keys and values
     inner x 4 b                        gate, gate behind its function, up, and their product; as much for Phi's GELU
     heads x 4                          log-sum-exp of the scores
 
-with b bytes per number. That is every byte that autograd keeps for a Llama (a test counts them); other families keep up to a quarter
-more or less.
+with b bytes per number. That is every byte that autograd keeps on a CPU for a Llama whose layers are those of `mmscale.model.llm.layers`
+(a test counts them); other families keep up to a quarter more or less, GPUs the activated gate less.
 
 Memory of the allocator, of the CUDA context and of NCCL, and kernels' scratch space are not in it.
 """
@@ -69,7 +69,7 @@ def local_parameters(work: Workload, name: str) -> float:
 def layer_activation_bytes(work: Workload) -> float:
     """Bytes that one layer of the language model keeps per token for its backward pass; see the head of the file."""
     llm, each, tensor = work.llm, work.bytes_each, work.tensor
-    wide = (llm.width * (4 * each + 8) + 8) / (tensor if work.tensor_sequence else 1)
+    wide = (llm.width * 4 * each + 8) / (tensor if work.tensor_sequence else 1)
     heads = llm.heads // tensor
     kv_heads = max(work.kv_heads, work.ulysses)
     attention = 2 * each * (heads + kv_heads) * llm.head_size + 4 * heads

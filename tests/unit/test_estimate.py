@@ -12,6 +12,7 @@ from mmscale.config.specs import media_specs
 from mmscale.model.composite import skeleton
 from mmscale.model.description import describe, hf_config
 from mmscale.model.llm.attention import WholePack
+from mmscale.model.llm.layers import replace_layers
 from mmscale.model.llm.load import load_llm
 from mmscale.parallel.estimate import host_memory, layer_activation_bytes, local_parameters, memory
 from mmscale.parallel.traffic import groups, links
@@ -41,7 +42,7 @@ def kept_bytes(kind, layers, dtype, sizes, tokens=256):
             {"model_type": kind, "vocab_size": 97, "pad_token_id": None, "num_hidden_layers": layers, **sizes}, ""
         )
     )
-    model = model.to(dtype).train()
+    model = replace_layers(model).to(dtype).train()
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     found = {}
 
