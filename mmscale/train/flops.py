@@ -119,7 +119,7 @@ def _media(
     """Of one tower input."""
     above = connector.forward
     if connector_trained:
-        above += connector.forward + connector.linear
+        above += connector.first + 2 * connector.linear + 2 * connector.attention
     elif tower_trained:
         above += connector.linear
     if tower_trained:
