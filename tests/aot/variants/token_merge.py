@@ -1,7 +1,11 @@
 """Token merging: widths of SigLIP so400m (1152), CLIP ViT-L (1024) and one that 16 does not divide (72), bf16 and fp32."""
 
+import torch
 from gate import Variant
 
+from mmscale.kernels.token_merge import match_options, row_options
+
+TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 INDEX = {name: "*i32" for name in ("cu_seqlens", "merges", "cu_out", "ptr", "is_valid", "target", "slot", "lst")}
 
 
@@ -9,30 +13,39 @@ def index(*names):
     return {name: INDEX[name] for name in names}
 
 
-def _match(width, kind, rows, columns, depth, warps, divisible):
+def _match(width, kind, max_len, divisible):
+    options = match_options(width, max_len, TYPES[kind])
+    tile = {name: options[name] for name in ("BM", "BN", "BK")}
     return Variant(
-        f"token_merge match {kind} C{width} {rows}x{columns}x{depth}{' /16' if divisible else ''}",
+        f"token_merge match {kind} C{width} {'x'.join(map(str, tile.values()))}{' /16' if divisible else ''}",
         "token_merge.match_kernel",
         {"metric": f"*{kind}", **index("cu_seqlens", "merges", "target"), "score": "*fp32", "tiles": "i32"},
-        {"C": width, "BM": rows, "BN": columns, "BK": depth, "WIDEN": False},
+        {"C": width, **tile, "WIDEN": False},
         divisible=("tiles",) if divisible else (),
-        num_warps=warps,
+        num_warps=options["num_warps"],
+        num_stages=options["num_stages"],
         tensor_cores=kind == "bf16",
     )
 
 
-def _merge(width, kind, block, warps, has_sizes, is_mean):
+def _merge(width, kind, has_sizes, is_mean):
+    options = row_options(width)
     name = f"token_merge {'merge' if is_mean else 'unmerge backward'} {kind} C{width}{' sizes' if has_sizes else ''}"
     types = {"x": f"*{kind}", "sizes": "*fp32", **index("ptr", "lst"), "rows": f"*{kind}", "totals": "*fp32"}
-    constants = {"C": width, "BC": block, "HAS_SIZES": has_sizes, "IS_MEAN": is_mean}
-    return Variant(name, "token_merge.merge_kernel", types, constants, num_warps=warps, wide=width >= 256)
+    constants = {"C": width, "BC": options["BC"], "HAS_SIZES": has_sizes, "IS_MEAN": is_mean}
+    return Variant(
+        name, "token_merge.merge_kernel", types, constants, num_warps=options["num_warps"], wide=width >= 256
+    )
 
 
-def _spread(width, kind, block, warps, has_sizes, is_mean):
+def _spread(width, kind, has_sizes, is_mean):
+    options = row_options(width)
     name = f"token_merge {'merge backward' if is_mean else 'unmerge'} {kind} C{width}{' sizes' if has_sizes else ''}"
     types = {"rows": f"*{kind}", "sizes": "*fp32", "totals": "*fp32", "slot": "*i32", "x": f"*{kind}"}
-    constants = {"C": width, "BC": block, "HAS_SIZES": has_sizes, "IS_MEAN": is_mean}
-    return Variant(name, "token_merge.spread_kernel", types, constants, num_warps=warps, wide=width >= 256)
+    constants = {"C": width, "BC": options["BC"], "HAS_SIZES": has_sizes, "IS_MEAN": is_mean}
+    return Variant(
+        name, "token_merge.spread_kernel", types, constants, num_warps=options["num_warps"], wide=width >= 256
+    )
 
 
 def _segments(divisible):
@@ -59,25 +72,25 @@ def _by_tiles(name, pointers, divisible):
 
 VARIANTS = [
     *(_segments(divisible) for divisible in (False, True)),
-    _match(1152, "bf16", 64, 64, 64, 4, False),
-    _match(1152, "bf16", 64, 64, 64, 4, True),
-    _match(1152, "bf16", 128, 128, 64, 8, False),
-    _match(72, "bf16", 64, 64, 64, 4, False),
-    _match(72, "bf16", 128, 128, 64, 8, False),
-    _match(1152, "fp32", 32, 32, 32, 4, False),
-    _match(72, "fp32", 32, 32, 32, 4, False),
+    _match(1152, "bf16", 729, False),
+    _match(1152, "bf16", 729, True),
+    _match(1152, "bf16", 4096, False),
+    _match(72, "bf16", 729, False),
+    _match(72, "bf16", 4096, False),
+    _match(1152, "fp32", 729, False),
+    _match(72, "fp32", 729, False),
     *(_by_tiles("rank", ("cu_seqlens", "merges", "target"), divisible) for divisible in (False, True)),
     *(
         _by_tiles("place", ("cu_seqlens", "cu_out", "target", "slot", "ptr", "lst"), divisible)
         for divisible in (False, True)
     ),
     *(
-        make(width, kind, block, warps, *flags)
+        make(width, kind, *flags)
         for make in (_merge, _spread)
-        for width, kind, block, warps, flags in (
-            *((1152, "bf16", 512, 2, flags) for flags in ((True, True), (False, True), (False, False))),
-            (1152, "fp32", 512, 2, (True, True)),
-            (72, "bf16", 128, 1, (True, True)),
+        for width, kind, flags in (
+            *((1152, "bf16", flags) for flags in ((True, True), (False, True), (False, False))),
+            (1152, "fp32", (True, True)),
+            (72, "bf16", (True, True)),
         )
     ),
 ]
