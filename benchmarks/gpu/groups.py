@@ -66,7 +66,7 @@ GROUPS: tuple[Group, ...] = (
     Group("layers", "kernels", "layers"),
     Group("attention", "kernels", "attention"),
     _steps("steps", function="run", limit_s=240),
-    _steps("steps padded", function="run_padded", limit_s=150),
+    _steps("steps padded", function="run_padded", limit_s=240),
     _steps("steps 1 chunk", {"name": "loss unbounded", "train": {"loss_memory_mb": 100_000}}),
     _steps("steps redone", {"name": "all recomputed", "train": {"checkpoint_activations": True}}),
     _steps("steps frozen", {"name": "tower frozen", "train": {"parts": _FROZEN_TOWER}}),

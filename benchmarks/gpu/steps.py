@@ -71,19 +71,20 @@ def run_switched(bench: Bench, name: str, train: Mapping[str, Any] | None = None
 
 
 def run_padded(bench: Bench) -> None:
-    """The same documents through a padded loop of stock transformers."""
+    """The same documents through a padded loop of stock transformers, with the batch size that suits it best."""
     size = _size(bench)
     num_tokens = size.tokens[HEADLINE]
     config = run_config(size, _dtype(bench))
     found = documents(size, media_specs(config.model, config.data), num_tokens, SEED)
-    for rows in (8, 4, 2):
-        speed, fill = _tried(lambda rows=rows: _padded(bench, size, found, rows)) or (0.0, 0.0)
-        if speed:
-            base = bench.figure("steps", _name(num_tokens), "tokens/s")
-            bench.report.claim(f"padded transformers, {rows} rows, fill {fill:.2f}, tokens/s", speed)
-            bench.report.claim("packed/padded", base / speed, "x", ">= 2")
-            return
-    bench.report.failure("the padded loop runs out of memory with two rows")
+    tried = [(_tried(lambda rows=rows: _padded(bench, size, found, rows)), rows) for rows in (8, 4, 2)]
+    fitting = [(*measured, rows) for measured, rows in tried if measured is not None]
+    if not fitting:
+        bench.report.failure("the padded loop runs out of memory with two rows")
+        return
+    speed, fill, rows = max(fitting)
+    base = bench.figure("steps", _name(num_tokens), "tokens/s")
+    bench.report.claim(f"padded transformers, {rows} rows, fill {fill:.2f}, tokens/s", speed)
+    bench.report.claim("packed/padded", base / speed, "x", ">= 2")
 
 
 def measure(bench: Bench, size: Size, num_tokens: int, train: Mapping[str, Any] | None = None) -> Speed:
