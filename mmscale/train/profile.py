@@ -169,12 +169,14 @@ def shares_of(events: Iterable[Any], device: torch.device) -> Shares:
     main = {e.thread for e in steps}
     operators = [e for e in on_host if is_cuda or (e.thread in main and _is_operator(e.name))]
     operators = [e for e in operators if not e.name.startswith(_MARKS)]
-    spans = {name: _Spans(e for e in on_host if e.name == name and e.thread in main) for name in (DATA, UPDATE)}
+    # on a GPU every kernel counts towards the time in which it is busy, a validation's too
+    phases = (DATA, UPDATE) if is_cuda else (DATA, UPDATE, FORWARD_BACKWARD)
+    spans = {name: _Spans(e for e in on_host if e.name == name and e.thread in main) for name in phases}
     times, by_name, calls = Counter[str](), Counter[str](), Counter[str]()
     for event in operators:
         own = event.self_device_time_total if is_cuda else event.self_cpu_time_total
         kind = _kind(event, spans)
-        if kind != WAIT:
+        if kind not in (WAIT, REST):
             times[kind] += own
             by_name[event.name] += own
             calls[event.name] += 1
@@ -211,6 +213,8 @@ def _kind(event: Any, spans: Mapping[str, _Spans]) -> str:
         return WAIT
     if spans[UPDATE].holds(event):
         return OPTIMIZER
+    if FORWARD_BACKWARD in spans and not spans[FORWARD_BACKWARD].holds(event):
+        return REST
     above = event
     while above is not None:
         for kind, parts in _INSIDE:

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from mmscale.config.load import load_config
 from mmscale.config.schema import ParallelConfig
 from mmscale.parallel.mesh import init_mesh
 from mmscale.train.loop import train
-from mmscale.train.profile import STEPS, StepProfiler
+from mmscale.train.profile import FORWARD_BACKWARD, STEPS, StepProfiler, shares_of
 
 RECIPE = Path(__file__).parents[2] / "configs/recipes/digits.yaml"
 WORDS = [
@@ -68,6 +69,22 @@ def test_a_run_that_is_shorter_than_a_profile_is_recorded_as_far_as_it_goes(demo
     shares = json.loads((tmp_path / "run/profile/shares.json").read_text())
     assert shares["steps"] == 1
     assert sum(shares["kinds"].values()) == pytest.approx(1, abs=0.01)
+
+
+def test_operators_of_the_loop_are_no_computing_of_the_model():
+    found, big = [], torch.randn(200, 200)
+    with profile(
+        activities=[ProfilerActivity.CPU], schedule=schedule(wait=0, warmup=1, active=1, repeat=1),
+        on_trace_ready=lambda recorded: found.append(shares_of(recorded.events(), torch.device("cpu"))),
+    ) as profiler:  # fmt: skip
+        for _ in range(2):
+            with record_function(FORWARD_BACKWARD):
+                big.sum()
+            for _ in range(20):
+                big @ big
+            profiler.step()
+    assert "matmul" not in found[0].kinds
+    assert found[0].kinds["Python and idle"] > 0.5 and sum(found[0].kinds.values()) == pytest.approx(1, abs=0.01)
 
 
 def test_nothing_is_done_without_it(demo_data, tmp_path):
