@@ -56,8 +56,12 @@ def _mode() -> str:
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def _can_run(device: torch.device) -> bool:
+    return _has_kernels(device)
+
+
+@functools.cache  # not on the function above: Dynamo looks through a cache and would trace what is in it
+def _has_kernels(device: torch.device) -> bool:
     if importlib.util.find_spec("triton") is None:
         return False
     if device.type != "cuda":
