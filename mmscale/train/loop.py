@@ -122,11 +122,8 @@ def train_from(run: Run, job: Job, beat: Heartbeat) -> Ended:
         began = "resume" if run.first_step > 1 else "start"
         reporter.event(began, run.first_step - 1, dp_size=run.mesh.dp_size, startup_s=process_age_s())
         stragglers = StragglerReport(run.mesh, config.run.watch, reporter)
-        steps = run.stream.steps(run.state)
-        with (
-            Ahead(steps, run.sharing, meets_ranks=run.stream.meets_ranks) as ahead,
-            _open_profiler(run) as profiler,
-        ):
+        steps = Ahead(run.stream.steps(run.state), run.sharing, meets_ranks=run.stream.meets_ranks)
+        with steps as ahead, _open_profiler(run) as profiler:
             tools = Tools(reporter, saver, _open_guard(run), beat, stragglers, ahead, profiler)
             return _steps(dataclasses.replace(run, engine=profiler.watch(run.engine)), job, tools)
 
