@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +38,20 @@ def use_triton(*tensors: Tensor | None) -> bool:
             f"found {', '.join(found)}; set {VARIABLE}=auto"
         )
     return can_run and (mode == "triton" or all(tensor.is_cuda for tensor in tensors if tensor is not None))
+
+
+class OnDeviceOf:
+    """A Triton kernel that is launched on the device of a tensor: Triton itself takes the current device."""
+
+    def __init__(self, tensor: Tensor, kernel: Any) -> None:
+        self._tensor, self._kernel = tensor, kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*args: Any, **options: Any) -> None:
+            with torch.cuda.device_of(self._tensor):
+                self._kernel[grid](*args, **options)
+
+        return launch
 
 
 @functools.cache

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmscale.kernels.dispatch import use_triton
+from mmscale.kernels.dispatch import OnDeviceOf, use_triton
 
 NormOver = Literal["patch", "token"]
 """What is normalised at once: a `patch` of the output, which is a cell of S x S, or each `token` of the tower."""
@@ -150,7 +150,7 @@ def _forward(
     y, mean, rstd = _outputs(x, height, width, stride, per_token)
     if mean.numel():
         (x, x_rows, x_stride), d = _in_place(x), weight.shape[0]
-        kernels.forward[(mean.numel(),)](
+        OnDeviceOf(x, kernels.forward)[(mean.numel(),)](
             x, weight.contiguous(), bias.contiguous(), y, mean, rstd, height, width, *_cells(height, width, stride), x_rows, eps,
             C=x.shape[2], S=stride, D=d, X_STRIDE=x_stride, PER_TOKEN=per_token, BLOCK=_power_of_2(d), num_warps=num_warps(d),
         )  # fmt: skip
@@ -200,17 +200,17 @@ def _backward(
     if want_x and want_parameters and d <= SUM_WIDTH:
         # 16 warps hold all registers of a processor with what they keep
         partial = mean.new_empty(2, min(rows, _num_processors(x) * (16 // num_warps(d))), d)
-        kernels.backward_with_sums[(partial.shape[1],)](
+        OnDeviceOf(x, kernels.backward_with_sums)[(partial.shape[1],)](
             dy, x, weight.contiguous(), mean, rstd, dx, *partial.unbind(), rows, *sizes, **whole
         )
         return dx, *_sums(partial, weight)
     if want_x:
-        kernels.backward[(rows,)](dy, x, weight.contiguous(), mean, rstd, dx, *sizes, **whole)
+        OnDeviceOf(x, kernels.backward)[(rows,)](dy, x, weight.contiguous(), mean, rstd, dx, *sizes, **whole)
     if want_parameters:
         columns = -(-d // SUM_COLUMNS)
         groups = min(-(-rows // SUM_ROWS), max(1, 8 * _num_processors(x) // columns))
         partial = mean.new_empty(2, groups, d)
-        kernels.parameter_gradients[(groups, columns)](
+        OnDeviceOf(x, kernels.parameter_gradients)[(groups, columns)](
             dy, x, mean, rstd, *partial.unbind(), rows, *sizes, **constants, ROWS=SUM_ROWS, COLUMNS=SUM_COLUMNS, num_warps=4
         )  # fmt: skip
         dweight, dbias = _sums(partial, weight)

@@ -42,6 +42,11 @@ class VocabRanks(Protocol):
         """This rank's number."""
         ...
 
+    @property
+    def size(self) -> int:
+        """Their number."""
+        ...
+
     def largest(self, x: Tensor, /) -> Tensor:
         """The elementwise maximum over the ranks, a new tensor."""
         ...
@@ -80,7 +85,8 @@ def linear_cross_entropy_sum(
 
     Raises:
         ValueError: shapes or types that do not fit, or `memory_bytes` that cannot hold one row.
-        RuntimeError: a second derivative, or a second backward pass through the same graph.
+        RuntimeError: a second derivative, a second backward pass through the same graph, or a label outside the vocabulary (on a
+            GPU as a failed assertion of the device).
 
     Distributed: with `ranks` every rank calls it with the same rows; all-reduces of [C] and [2, C] per chunk, none when N is 0
         and none in the backward pass.
@@ -213,6 +219,8 @@ def _softmax_parts(
     top_C = z_CV.amax(1)
     column_C1, mine_C = labels_C[:, None], None
     if ranks is not None:
+        is_known = ((labels_C >= 0) & (labels_C < ranks.size * weight_VD.shape[0])).all()
+        torch._assert_async(is_known, "labels_N: labels of the vocabulary are expected, found others")  # else nobody's target
         top_C = ranks.largest(top_C)
         column_C1 = column_C1 - ranks.rank * weight_VD.shape[0]
         mine_C1 = (column_C1 >= 0) & (column_C1 < weight_VD.shape[0])
@@ -221,7 +229,10 @@ def _softmax_parts(
     target_C = z_CV.gather(1, column_C1)[:, 0]
     total_C = z_CV.exp_().sum(1)
     if ranks is not None and mine_C is not None:
-        total_C, target_C = ranks.total(torch.stack([total_C, target_C.where(mine_C, 0)]))
+        total_C, target_C, holders_C = ranks.total(
+            torch.stack([total_C, target_C.where(mine_C, 0), mine_C.to(total_C)])
+        )
+        torch._assert_async((holders_C == 1).all(), "labels_N: a label outside the vocabulary was found")
     log_C = total_C.log()
     normaliser_C = top_C + log_C
     loss = (log_C - target_C).sum()
@@ -247,6 +258,8 @@ def _keeps_fp32_sums(device: torch.device, dtype: torch.dtype) -> bool:
     tiny = torch.ones(16, 16, device=device, dtype=dtype)
     try:
         return bool(torch.mm(tiny, tiny.t(), out_dtype=torch.float32).dtype == torch.float32)
+    except torch.OutOfMemoryError:
+        raise
     except (NotImplementedError, RuntimeError):
         return False
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmscale.kernels.dispatch import use_triton
+from mmscale.kernels.dispatch import OnDeviceOf, use_triton
 
 _INTEGERS = (torch.int32, torch.int64)
 _SORTED_ROWS = 3073
@@ -260,7 +260,8 @@ def _launch(kernel: Any, out: Tensor, *args: Tensor | int | None) -> None:
     num_rows, width = out.shape
     if out.numel():
         block = block_columns(width)
-        kernel[(num_rows, -(-width // block))](*args, WIDTH=width, BLOCK=block, num_warps=num_warps(block))
+        grid = (num_rows, -(-width // block))
+        OnDeviceOf(out, kernel)[grid](*args, WIDTH=width, BLOCK=block, num_warps=num_warps(block))
 
 
 def block_columns(width: int) -> int:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmscale.kernels.dispatch import is_interpreted, use_triton
+from mmscale.kernels.dispatch import OnDeviceOf, is_interpreted, use_triton
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LEAST = 1e-24
@@ -91,7 +91,7 @@ def merge(x_TC: Tensor, plan: MergePlan, sizes: Tensor | None = None) -> tuple[T
             f"token_merge.merge: sizes [{plan.slot.numel()}] without gradient are expected, found {tuple(sizes.shape)}, "
             f"requires_grad={sizes.requires_grad}; detach them"
         )
-    if use_triton(x_TC, plan.slot) and x_TC.dtype in _TYPES:
+    if use_triton(x_TC, plan.slot, sizes) and x_TC.dtype in _TYPES:
         rows_RC, totals = _merge_op(x_TC, None if sizes is None else sizes.float(), plan.slot, plan.ptr, plan.inputs)
         return rows_RC, totals.detach()
     return _merge_reference(x_TC, plan, sizes)
@@ -216,20 +216,22 @@ def _plan_op(
     slot, inputs, target = (cu_seqlens.new_empty(num_in) for _ in range(3))
     ptr, cu_out = cu_seqlens.new_empty(num_out + 1), cu_seqlens.new_empty(num_segments + 1)
     score, is_valid = metric.new_empty(num_in, dtype=torch.float32), cu_seqlens.new_empty(1)
-    kernels.segments_kernel[(1,)](
+    OnDeviceOf(metric, kernels.segments_kernel)[(1,)](
         cu_seqlens, merges, cu_out, ptr, is_valid, num_segments, num_in, num_out, max_len, BLOCK=256
     )
     torch._assert_async(is_valid, _WRONG_NUMBERS)
     if num_in and max_len > 0:
         options = match_options(width, max_len, metric.dtype)
         tiles = -(-((max_len + 1) // 2) // options["BM"])
-        kernels.match_kernel[(tiles * num_segments,)](
+        OnDeviceOf(metric, kernels.match_kernel)[(tiles * num_segments,)](
             metric, cu_seqlens, merges, score, target, tiles, C=width, WIDEN=is_interpreted(), **options
         )
         tiles = -(-((max_len + 1) // 2) // 64)
         grid = (tiles * num_segments,)
-        kernels.rank_kernel[grid](cu_seqlens, merges, score, target, tiles, BM=64, BN=32)
-        kernels.place_kernel[grid](cu_seqlens, cu_out, target, slot, ptr, inputs, tiles, BM=64, BN=32)
+        OnDeviceOf(metric, kernels.rank_kernel)[grid](cu_seqlens, merges, score, target, tiles, BM=64, BN=32)
+        OnDeviceOf(metric, kernels.place_kernel)[grid](
+            cu_seqlens, cu_out, target, slot, ptr, inputs, tiles, BM=64, BN=32
+        )
     return slot, ptr, inputs, cu_out
 
 
@@ -265,7 +267,7 @@ def _sum_rows(x: Tensor, sizes: Tensor | None, ptr: Tensor, inputs: Tensor, *, i
     rows, totals = x.new_empty(num_out, width), x.new_empty(num_out, dtype=torch.float32)
     if num_out and width:
         options = row_options(width)
-        kernels.merge_kernel[(num_out, -(-width // options["BC"]))](
+        OnDeviceOf(x, kernels.merge_kernel)[(num_out, -(-width // options["BC"]))](
             x, sizes.contiguous() if sizes is not None else totals, ptr, inputs, rows, totals,
             C=width, HAS_SIZES=sizes is not None, IS_MEAN=is_mean, **options,
         )  # fmt: skip
@@ -279,7 +281,7 @@ def _spread_rows(rows: Tensor, sizes: Tensor | None, totals: Tensor | None, slot
     x = rows.new_empty(slot.numel(), width)
     if slot.numel() and width:
         options = row_options(width)
-        kernels.spread_kernel[(slot.numel(), -(-width // options["BC"]))](
+        OnDeviceOf(rows, kernels.spread_kernel)[(slot.numel(), -(-width // options["BC"]))](
             rows, sizes.contiguous() if sizes is not None else rows, totals if totals is not None else rows, slot, x,
             C=width, HAS_SIZES=sizes is not None, IS_MEAN=totals is not None, **options,
         )  # fmt: skip

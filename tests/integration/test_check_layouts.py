@@ -75,7 +75,7 @@ def test_a_thousand_gpus_are_planned_on_paper(demo_data, tmp_path, recipe, share
     result = check(CONFIGS / f"recipes/{recipe}.yaml", demo_data, tmp_path, "--world-size", 1024, "--device-gb", 80)
     assert result.exit_code == 0, (result.output, result.exception)
     assert share in result.output and "of 90% of a device, fits" in result.output
-    small = check(CONFIGS / f"recipes/{recipe}.yaml", demo_data, tmp_path, "--world-size", 1024, "--device-gb", 24)
+    small = check(CONFIGS / f"recipes/{recipe}.yaml", demo_data, tmp_path, "--world-size", 1024, "--device-gb", 16)
     assert "of 90% of a device, does not fit" in small.output
 
 

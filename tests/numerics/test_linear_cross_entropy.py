@@ -134,6 +134,13 @@ def test_no_rows_give_exactly_zero_with_gradients(dtype):
     assert all(not g.any() for g in grads)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _a_profiler_that_has_run():
+    """The first profile of a process may miss what runs while it still sets itself up."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True):
+        torch.ones(4, 4) @ torch.ones(4, 4)
+
+
 def products(function):
     """Matrix products that `function` runs, and what it gives."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -326,3 +333,22 @@ def test_taken_rows_and_their_gradient(rows, seed):
     want = torch.zeros(5, 3)
     want[index] = 2 * x[index]
     assert torch.equal(grad, want)
+
+
+class OneOfTwo:
+    """The second of two ranks, without the first."""
+
+    rank, size = 1, 2
+
+    def largest(self, x):
+        return x
+
+    def total(self, x):
+        return x
+
+
+@pytest.mark.parametrize("label", [-100, 10])
+def test_a_label_that_no_rank_holds_is_refused(label):
+    hidden, weight = torch.randn(3, 4), torch.randn(5, 4)
+    with pytest.raises(RuntimeError, match="labels of the vocabulary are expected"):
+        linear_cross_entropy_sum(hidden, weight, torch.tensor([7, label, 9]), ranks=OneOfTwo())

@@ -124,7 +124,9 @@ def test_nodes_fail_and_there_is_a_spare(run: Run, reference: History) -> None:
     died, drained = run.check_equals(reference, unnoticed_s=UNNOTICED_S)
     assert died.redone <= SAVE_EVERY and drained.redone == 0
     assert job.restarts == 2, "the shell that SLURM has forgotten requeues nothing"
-    assert max(saved_by(run, f"{job.id}.1")) == run.base(f"{job.id}.2")
+    assert max(saved_by(run, f"{job.id}.1")) <= run.base(f"{job.id}.2"), (
+        "it may end between a commit and the word of it"
+    )
     assert run.read(f"{job.id}.2", "after") is not None and not (run.folder / "DO_NOT_RESTART").exists()
 
 

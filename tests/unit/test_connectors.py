@@ -15,7 +15,7 @@ from mmscale.errors import ConfigError
 from mmscale.kernels.downsample_norm import space_to_depth
 from mmscale.model.composite import build_model
 from mmscale.model.connectors.build import CONNECTORS, build_connector
-from mmscale.model.connectors.token_merge import TokenMergeConnector, rows_by_round
+from mmscale.model.connectors.token_merge import TokenMergeConnector, places, rows_by_round
 from mmscale.model.convert import export_plan
 from mmscale.model.description import describe
 from mmscale.model.hub import MmscaleForConditionalGeneration
@@ -209,6 +209,19 @@ def test_token_merge_gives_the_planned_rows_and_gradients(rows, num, seed):
     assert list(connector.state_dict()) == ["0.weight", "0.bias", "2.weight", "2.bias"], "those of mlp2x_gelu"
     alone = torch.cat([connector(x[i : i + 1], (4, 5)) for i in range(num)])
     torch.testing.assert_close(y, alone)
+
+
+@pytest.mark.parametrize("width", [7, 64])
+def test_merged_rows_tell_where_they_were(width):
+    """Every patch of a grid has a place of its own, and equal patches give different rows in different places."""
+    table = places((3, 5), width, torch.device("cpu"))
+    assert table.shape == (15, width) and len(table.unique(dim=0)) == 15 and table.abs().max() <= 1
+    half = width // 4 * 2
+    assert torch.equal(table[0:5, :half], table[0:1, :half].expand(5, -1)), "the first half tells the line alone"
+    assert torch.equal(table[1::5, half:], table[1:2, half:].expand(3, -1)), "the second one the column"
+    connector = TokenMergeConnector(width, 8, 10)
+    rows = connector(torch.ones(1, 15, width), (3, 5))[0]
+    assert len(rows.detach().unique(dim=0)) == 10
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -12,6 +12,7 @@ from mmscale.model.composite import build_model
 from mmscale.model.convert import export_plan, to_llava
 from mmscale.model.description import describe
 from mmscale.model.hub import register
+from mmscale.model.towers.vision import normalised
 
 CLIP = {"model_type": "clip_vision_model", "projection_dim": 8}
 IDS = {"image": 90, "audio": 92}
@@ -65,7 +66,8 @@ def test_stock_llava_opens_the_export_and_gives_equal_logits(name, tiny_config, 
     pack = make_pack(specs, [[("text", 5), ("image", 1), ("text", 7)]], seed, vocab=90)
     ids = pack.input_ids.clone()
     ids[5 : 5 + tokens] = IDS["image"]
-    pixels = model.vision.tower._normalise(pack.media["image"].data)
+    tower = model.vision.tower
+    pixels = normalised(pack.media["image"].data, tower.mean, tower.std, torch.float32)
     with torch.no_grad():
         theirs = llava.eval()(input_ids=ids[None], pixel_values=pixels).logits[0]
         ours = model.logits(pack, torch.arange(pack.num_tokens))

@@ -113,9 +113,10 @@ def test_a_resumed_guard_judges_as_one_without_a_stop(tmp_path, seed):
     config = GuardConfig(max_nonfinite=4, spike_sigma=3, spike_window=12)
     kinds = draw.choices(["sound", "nan", "norm", "passed", "empty"], [8, 2, 1, 1, 1], k=80)
     curve = [
-        {"sound": (draw.gauss(2, 0.3), 1.0, True), "nan": (NAN, NAN, False), "norm": (2.0, INF, False),
+        {"sound": (draw.gauss(2, 0.003), 1.0, True), "nan": (NAN, NAN, False), "norm": (2.0, INF, False),
          "passed": (None, NAN, False), "empty": (0.0, 0.0, False)}[kind] for kind in kinds
     ]  # fmt: skip
+    curve[-1] = (9.0, 1.0, True)  # a spike, behind every cut: a run goes back at once, and none stays in its history
     rows = [
         {**row(step, loss, norm, loss is None), "update_skipped": not has_update}
         for step, (loss, norm, has_update) in enumerate(curve, 1)
@@ -133,6 +134,7 @@ def test_a_resumed_guard_judges_as_one_without_a_stop(tmp_path, seed):
             if step > cut:
                 assert resumed.judge(step, *numbers) == judged, (cut, step)
                 compared += judged.verdict is not Verdict.SOUND
+        assert judged.kind == "spike"
     assert compared > 100, "there was something to judge"
 
 

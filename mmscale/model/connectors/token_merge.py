@@ -9,6 +9,7 @@ from typing import cast
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from mmscale.kernels.token_merge import merge, plan_merges
 
@@ -40,8 +41,9 @@ def rows_by_round(patches: int, rows: int) -> list[int]:
 class TokenMergeConnector(nn.Sequential):
     """Merges the P rows of every input to `rows` by similarity (`mmscale.kernels.token_merge`), then Linear, GELU, Linear.
 
-    Cosines are taken of the features themselves, without gradient; a merged row is the plain mean of the tower's rows in it.
-    The order of the rows stays that of the grid. Parameters `0.*` and `2.*` as in `mlp2x_gelu`, whose weights fit.
+    A merged row is the mean of the tower's rows in it, each with the place of its patch added: the order, which stays that of
+    the grid, does not tell any more where a row was. Cosines are taken of the same rows, without gradient. Parameters `0.*` and
+    `2.*` as in `mlp2x_gelu`.
     """
 
     def __init__(self, in_width: int, out_width: int, rows: int) -> None:
@@ -50,7 +52,8 @@ class TokenMergeConnector(nn.Sequential):
 
     def forward(self, features_NPC: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:  # type: ignore[override]
         """[N, R, D]; inputs do not mix."""
-        return cast(torch.Tensor, super().forward(self.merged(features_NPC)))
+        placed_NPC = features_NPC + places(grid, features_NPC.shape[2], features_NPC.device).to(features_NPC.dtype)
+        return cast(torch.Tensor, super().forward(self.merged(placed_NPC)))
 
     def merged(self, features_NPC: torch.Tensor) -> torch.Tensor:
         """The merged features [N, R, C], of the type of the features."""
@@ -69,3 +72,14 @@ def _metric(x: torch.Tensor) -> torch.Tensor:
     """What is matched: under autocast of its type, like the factors of other matrix products."""
     kind = x.device.type
     return x.detach().to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x.detach()
+
+
+def places(grid: tuple[int, int], width: int, device: torch.device) -> torch.Tensor:
+    """Sines and cosines of each patch's line and column, fp32 [h * w, C]: Vaswani et al. 2017, arXiv:1706.03762, section 3.5, a
+    half of the channels for each axis. Channels that 4 does not divide stay 0."""
+    (h, w), quarter = grid, width // 4
+    frequencies = 10_000.0 ** (-torch.arange(quarter, device=device) / max(1, quarter))
+    axes = [torch.arange(n, device=device)[:, None] * frequencies for n in (h, w)]
+    lines, columns = (torch.cat([axis.sin(), axis.cos()], 1) for axis in axes)
+    both = torch.cat([lines[:, None].expand(h, w, -1), columns[None].expand(h, w, -1)], 2)
+    return functional.pad(both.reshape(h * w, 4 * quarter), (0, width - 4 * quarter))

@@ -143,8 +143,13 @@ def _part(
         target_idx=torch.nonzero(labels != IGNORE).flatten(),
         source_index=torch.from_numpy(source_index),
         media_positions=positions_M,
-        inputs={modality: pack.media[modality].data[torch.from_numpy(own)] for modality, own in encoded.items()},
+        inputs={modality: _chosen(pack.media[modality].data, own) for modality, own in encoded.items()},
         routing=routing,
         spans=spans,
         lengths=lengths,
     )
+
+
+def _chosen(data: Tensor, inputs: Ints) -> Tensor:
+    """The tower inputs of these numbers, ascending; all of them are not copied."""
+    return data if len(inputs) == len(data) else data[torch.from_numpy(inputs)]
