@@ -219,8 +219,9 @@ def _softmax_parts(
     top_C = z_CV.amax(1)
     column_C1, mine_C = labels_C[:, None], None
     if ranks is not None:
+        # any other would be nobody's target
         is_known = ((labels_C >= 0) & (labels_C < ranks.size * weight_VD.shape[0])).all()
-        torch._assert_async(is_known, "labels_N: labels of the vocabulary are expected, found others")  # else nobody's target
+        torch._assert_async(is_known, "labels_N: labels of the vocabulary are expected, found others")
         top_C = ranks.largest(top_C)
         column_C1 = column_C1 - ranks.rank * weight_VD.shape[0]
         mine_C1 = (column_C1 >= 0) & (column_C1 < weight_VD.shape[0])

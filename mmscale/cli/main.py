@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+import threading
 import traceback
 from typing import Annotated
 
@@ -231,7 +233,17 @@ def main() -> None:
         app(standalone_mode=True)
     except MmscaleError as error:
         print(redact(f"{type(error).__name__}: {error}"), file=sys.stderr)
-        sys.exit(error.exit_code)
+        _leave(error.exit_code)
     except Exception:
         print(redact(traceback.format_exc()), file=sys.stderr)
-        sys.exit(1)
+        _leave(1)
+
+
+def _leave(code: int) -> None:
+    """Ends the process. The thread that makes packs ahead may still wait for other ranks: where its wait ended while Python
+    takes itself down, C++ would abort, and the code were lost."""
+    if any(thread.name == "ahead" for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

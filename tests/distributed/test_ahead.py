@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -99,3 +101,19 @@ def test_a_fault_is_raised_where_it_is_taken_and_its_peers_are_not_waited_for(ra
     results = ranks(2).run(fail_ahead, 0)
     assert results[0][0] == "fault in step 1" and results[1][0] == "the peer has failed"
     assert all(seconds < 60 for _, seconds in results)
+
+
+def test_a_failed_rank_ends_with_its_code_while_its_thread_waits() -> None:
+    """What it waits for may end while Python takes itself down, and C++ would abort then."""
+    code = """
+import datetime, threading, time
+import torch.distributed as dist
+from mmscale.cli.main import _leave
+store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+wait = lambda: store.wait(["never"], datetime.timedelta(seconds=0.5))
+threading.Thread(target=wait, name="ahead", daemon=True).start()
+time.sleep(0.2)
+_leave(3)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 3, done.stderr
