@@ -18,7 +18,7 @@ from mmscale.kernels.rms_norm import rms_norm, rms_norm_formula
 from mmscale.kernels.rope import rotate, rotate_formula
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
-ROUNDED_TWICE = 8e-3
+ROUNDED_TWICE = 6e-3
 """bf16 where the result is the product of two rounded numbers, as Hugging Face's modules define it."""
 
 
@@ -111,7 +111,7 @@ def test_rotation(dtype: torch.dtype, angle_dtype: torch.dtype, seed: int) -> No
     torch.manual_seed(seed)
     limit = ROUNDED_TWICE if dtype is angle_dtype is torch.bfloat16 else TOLERANCE[dtype]
     for batch, length, heads, groups, size, rotated in (
-        (1, 1, 1, 1, 2, 2),
+        (1, 1, 64, 32, 2, 2),  # heads enough that the rounding of single numbers evens out
         (1, 131, 6, 2, 16, 16),
         (2, 17, 3, 3, 20, 12),
     ):
