@@ -71,9 +71,15 @@ def whole_gradients(model: MultimodalLM, layouts: dict[str, ShardLayout], mesh: 
     return wholes
 
 
-def reference(family: str, packs: list[Any]) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradients of all packs on one process in float64."""
-    model, _ = tiny_model(tiny_config(family), torch.float64)
+LOSS_LIMIT, GRAD_LIMIT = 1e-6, 3e-6
+"""Relative errors of fp32 against float64 that are always allowed."""
+
+
+def reference(
+    family: str, packs: list[Any], dtype: torch.dtype = torch.float64
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of all packs on one process."""
+    model, _ = tiny_model(tiny_config(family), dtype)
     if family == "gpt_oss":  # its fused experts have no float64
         model.llm.set_experts_implementation("eager")
     num_targets = max(1, sum(pack.num_targets for pack in packs))
@@ -99,7 +105,11 @@ def scale_of(name: str, want: dict[str, torch.Tensor]) -> float:
 def worst_errors(
     mesh: Mesh, layout: tuple[int, int, int], family: str, outer: tuple[str, str], kind: str, seed: int
 ) -> tuple[float, float, str]:
-    """(relative loss error, worst relative gradient error, its parameter) of one case."""
+    """(relative loss error, worst relative gradient error, its parameter) of one case.
+
+    Some packs leave a gradient that is a small difference of large terms, which one process in fp32 misses by more than GRAD_LIMIT
+    too. There the error is scaled so that twice the error of one process counts as GRAD_LIMIT.
+    """
     m = grid(mesh, *layout)
     config = tiny_config(family)
     model, specs = tiny_model(config)
@@ -118,6 +128,11 @@ def worst_errors(
     total = sum_floats(m, [loss.item() if m.speaks_for_replica else 0.0])[0]
     assert got.keys() == want.keys()
     errors = {n: ((got[n].double() - w).norm() / scale_of(n, want)).item() for n, w in want.items()}
+    if max(errors.values()) > GRAD_LIMIT:
+        single = reference(family, packs, torch.float32)[1]
+        for n, w in want.items():
+            noise = ((single[n].double() - w).norm() / scale_of(n, want)).item()
+            errors[n] *= GRAD_LIMIT / max(GRAD_LIMIT, 2 * noise)
     worst = max(errors, key=errors.__getitem__)
     return abs(total - want_loss) / max(want_loss, 1e-3), errors[worst], worst
 
@@ -129,8 +144,8 @@ def run_cases(mesh: Mesh, cases: list[tuple[Any, ...]], seed: int) -> list[Any]:
 
 def check(results: list[Any]) -> None:
     for case, (loss, grad, name) in results[0]:
-        assert loss <= 1e-6, (case, loss)
-        assert grad <= 3e-6, (case, name, grad)
+        assert loss <= LOSS_LIMIT, (case, loss)
+        assert grad <= GRAD_LIMIT, (case, name, grad)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -8,7 +8,7 @@
     wait          waits for a signal, then ends with outcome `stopped`
     end:OUTCOME   writes end.json
     done          writes DONE
-    crash:NODE    exits with 1 on the node of that number; the others wait
+    crash:NODE    exits with 1 on the node of that number, once node 0 has done what stands before; the others wait
     unwell:NODE   writes a failed health check of the node of that number
 """
 
@@ -19,6 +19,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from mmscale.train.attempt import Attempt, write_json
@@ -43,10 +44,14 @@ def listen() -> None:
         signal.signal(number, handle)
 
 
-def wait_for_signal() -> None:
+def wait_for(condition: Callable[[], object]) -> None:
     end = time.monotonic() + 60
-    while not heard and time.monotonic() < end:
+    while not condition() and time.monotonic() < end:
         time.sleep(0.05)
+
+
+def wait_for_signal() -> None:
+    wait_for(lambda: heard)
 
 
 def save(step: int, token: str) -> None:
@@ -68,7 +73,10 @@ def act(action: str, attempt: Attempt, token: str) -> None:
         if node == 0 and heard:
             attempt.ended("stopped", reason=heard[0])
     elif word == "crash":
+        if node == 0:
+            write_json(folder / "ready-0.json", {})
         if node == int(value):
+            wait_for(lambda: (folder / "ready-0.json").exists())  # SLURM kills the others when one has crashed
             sys.exit(1)
         wait_for_signal()
     elif word == "unwell" and node == int(value):
