@@ -19,13 +19,12 @@ from mmscale.kernels.dispatch import OnDeviceOf, use_triton
 NormOver = Literal["patch", "token"]
 """What is normalised at once: a `patch` of the output, which is a cell of S x S, or each `token` of the tower."""
 
-MAX_WIDTH = 16384
-"""The widest normalised row that the kernels hold in registers; wider ones run as plain torch."""
+MAX_WIDTH = {torch.float32: 12288, torch.bfloat16: 16384, torch.float16: 16384}
+"""Type -> the widest normalised row that the kernels hold in registers; wider ones and other types run as plain torch."""
 SUM_WIDTH = 8192
 """The widest for which the backward kernel holds the sums for weight and bias, too: beyond it, it spills."""
 SUM_ROWS, SUM_COLUMNS = 16, 128
 """The tile of the kernel that makes only those sums."""
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def downsample_norm(
@@ -65,7 +64,7 @@ def downsample_norm(
     """
     _check(x_NPC, weight, bias, grid, stride, norm_over)
     per_token = norm_over == "token"
-    fits = x_NPC.dtype in _DTYPES and weight.dtype in _DTYPES and weight.shape[0] <= MAX_WIDTH
+    fits = weight.dtype in MAX_WIDTH and weight.shape[0] <= MAX_WIDTH.get(x_NPC.dtype, 0)
     if fits and use_triton(x_NPC, weight, bias):
         return _forward(x_NPC, weight, bias, grid[0], grid[1], stride, eps, per_token)[0]  # type: ignore[no-any-return]
     if per_token:

@@ -44,5 +44,8 @@ def rotate(q_BLHD: Tensor, k_BLGD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Te
     """See `mmscale.kernels.rope`; CUDA tensors. Contiguous q and k are overwritten, and so are their gradients."""
     from liger_kernel.ops import LigerRopeFunction
 
+    if q_BLHD.dim() == 3:
+        q, k = rotate(*(x.unsqueeze(0) for x in (q_BLHD, k_BLGD, cos, sin)))
+        return q.squeeze(0), k.squeeze(0)
     q_BHLD, k_BGLD = LigerRopeFunction.apply(q_BLHD.transpose(1, 2), k_BLGD.transpose(1, 2), cos, sin)
     return q_BHLD.transpose(1, 2), k_BGLD.transpose(1, 2)

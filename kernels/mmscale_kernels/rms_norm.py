@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from mmscale.kernels import liger
 from mmscale.kernels.compiled import compiled
 from mmscale.kernels.dispatch import use_triton
+from mmscale.kernels.dtypes import accumulate_dtype, cast
 
 _BLOCK = 128
 """Rows that a weight gradient adds up at a time: one sum over thousands of rows in fp32 is off by more than 1e-6."""
@@ -51,7 +52,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float, *, offset: float = 0.0, ro
 
 def rms_norm_formula(x: Tensor, weight_D: Tensor, eps: float, offset: float, rounds_first: bool) -> Tensor:
     """`rms_norm` in one line of mathematics, differentiated by autograd: what compilers are given."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = accumulate_dtype(x.dtype)
     x_acc = x.to(dtype)
     unit = x_acc * torch.rsqrt(x_acc.square().mean(-1, keepdim=True) + eps)
     if rounds_first:
@@ -62,7 +63,7 @@ def rms_norm_formula(x: Tensor, weight_D: Tensor, eps: float, offset: float, rou
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float, offset: float, rounds_first: bool) -> Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)
+        dtype = accumulate_dtype(x.dtype)
         x_RD = x.reshape(-1, x.shape[-1])
         norm_R1 = torch.linalg.vector_norm(x_RD, dim=-1, keepdim=True, dtype=dtype)
         rstd_R1 = norm_R1.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
@@ -81,20 +82,20 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x_RD, weight_D, rstd_R1 = ctx.saved_tensors
         dtype = rstd_R1.dtype
-        dy_RD = grads[0].reshape(x_RD.shape).to(dtype)
-        scale_D = weight_D.to(dtype)
+        dy_RD = cast(grads[0].reshape(x_RD.shape), dtype)
+        scale_D = cast(weight_D, dtype)
         scale_D = scale_D + ctx.offset if ctx.offset else scale_D
         dx = dw = None
         with torch.autocast(x_RD.device.type, enabled=False):
             product_RD = dy_RD * x_RD
             if ctx.needs_input_grad[1]:
-                dw = _weighted_sum(rstd_R1, product_RD).to(weight_D.dtype)
+                dw = cast(_weighted_sum(rstd_R1, product_RD), weight_D.dtype)
             if ctx.needs_input_grad[0]:
                 # with s = rstd: dx = s * (dy * w - x * s ** 2 * mean(dy * w * x)); the product's memory holds dx
                 pull_R = torch.mv(product_RD, scale_D).div_(-x_RD.shape[-1])
                 dx_RD = torch.mul(dy_RD, scale_D, out=product_RD)
-                dx_RD.addcmul_(x_RD.to(dtype), pull_R[:, None] * rstd_R1.square()).mul_(rstd_R1)
-                dx = dx_RD.to(x_RD.dtype).view(grads[0].shape)
+                dx_RD.addcmul_(cast(x_RD, dtype), pull_R[:, None] * rstd_R1.square()).mul_(rstd_R1)
+                dx = cast(dx_RD, x_RD.dtype).view(grads[0].shape)
         return dx, dw, None, None, None
 
 
@@ -103,4 +104,5 @@ def _weighted_sum(weights_R1: Tensor, rows_RD: Tensor) -> Tensor:
     width = rows_RD.shape[-1]
     whole = rows_RD.shape[0] // _BLOCK * _BLOCK
     blocks = torch.bmm(weights_R1[:whole].view(-1, 1, _BLOCK), rows_RD[:whole].view(-1, _BLOCK, width))
-    return blocks.sum((0, 1)) + torch.mv(rows_RD[whole:].t(), weights_R1[whole:, 0])
+    total = blocks.sum((0, 1))
+    return total if whole == len(rows_RD) else total + torch.mv(rows_RD[whole:].t(), weights_R1[whole:, 0])

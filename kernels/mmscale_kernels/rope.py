@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from mmscale.kernels import liger
 from mmscale.kernels.compiled import compiled
 from mmscale.kernels.dispatch import use_triton
+from mmscale.kernels.dtypes import cast
 
 
 def rotate(q_BLHD: Tensor, k_BLGD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,6 +27,7 @@ def rotate(q_BLHD: Tensor, k_BLGD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Te
     unless `MMSCALE_KERNELS=torch`; others through one autograd function of torch operators.
 
     Args:
+        q_BLHD, k_BLGD: or [L, H, D] and [L, G, D], with angles [L, 2E].
         cos, sin: [B or 1, L, 2E], whose second half repeats the first; no gradient is computed for them.
 
     Raises:
@@ -75,11 +77,10 @@ class _Rotate(torch.autograd.Function):
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     """x [..., D] turned by the angles (`sign` 1) or back (-1), in the type of x; cos [..., 1, 2E], sin [..., 1, E]."""
     half = sin.shape[-1]
-    dtype = torch.promote_types(x.dtype, cos.dtype)
-    x_acc = x.to(dtype)
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    torch.mul(x_acc[..., : 2 * half], cos, out=out[..., : 2 * half])
-    out[..., :half].addcmul_(x_acc[..., half : 2 * half], sin, value=-sign)
-    out[..., half : 2 * half].addcmul_(x_acc[..., :half], sin, value=sign)
-    out[..., 2 * half :] = x_acc[..., 2 * half :]
-    return out.to(x.dtype)
+    x_acc = x if x.dtype == cos.dtype else x.to(torch.promote_types(x.dtype, cos.dtype))
+    first, second, rest = x_acc.split((half, half, x.shape[-1] - 2 * half), -1)
+    out = x_acc[..., : 2 * half] * cos
+    out_first, out_second = out.split(half, -1)
+    out_first.addcmul_(second, sin, value=-sign)
+    out_second.addcmul_(first, sin, value=sign)
+    return cast(torch.cat((out, rest), -1) if rest.shape[-1] else out, x.dtype)

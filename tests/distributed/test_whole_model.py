@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from grids import grid
-from tiny_multimodal import FAMILIES, tiny_config, tiny_model, tiny_pack
+from tiny_multimodal import FAMILIES, scale_of, tiny_config, tiny_model, tiny_pack
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmscale.config.cost import pack_cost
@@ -91,17 +91,6 @@ def reference(
     return total, {n: p.grad for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
 
 
-def scale_of(name: str, want: dict[str, torch.Tensor]) -> float:
-    """What an error is relative to: the gradient's norm, but for a bias on keys without rotation that of its weight.
-
-    Such a bias adds the same to all scores of a query, so softmax takes it away: its exact gradient is 0.
-    """
-    if name.startswith("vision.tower.") and name.endswith(".k_proj.bias"):
-        assert want[name].norm() <= 1e-6 * want[name.removesuffix("bias") + "weight"].norm()
-        name = name.removesuffix("bias") + "weight"
-    return max(want[name].norm().item(), 1e-12)
-
-
 def worst_errors(
     mesh: Mesh, layout: tuple[int, int, int], family: str, outer: tuple[str, str], kind: str, seed: int
 ) -> tuple[float, float, str]:
@@ -127,11 +116,11 @@ def worst_errors(
     got = whole_gradients(model, layouts, m)
     total = sum_floats(m, [loss.item() if m.speaks_for_replica else 0.0])[0]
     assert got.keys() == want.keys()
-    errors = {n: ((got[n].double() - w).norm() / scale_of(n, want)).item() for n, w in want.items()}
+    errors = {n: ((got[n].double() - w).norm() / max(scale_of(n, want), 1e-12)).item() for n, w in want.items()}
     if max(errors.values()) > GRAD_LIMIT:
         single = reference(family, packs, torch.float32)[1]
         for n, w in want.items():
-            noise = ((single[n].double() - w).norm() / scale_of(n, want)).item()
+            noise = ((single[n].double() - w).norm() / max(scale_of(n, want), 1e-12)).item()
             errors[n] *= GRAD_LIMIT / max(GRAD_LIMIT, 2 * noise)
     worst = max(errors, key=errors.__getitem__)
     return abs(total - want_loss) / max(want_loss, 1e-3), errors[worst], worst

@@ -140,7 +140,7 @@ def test_rows_too_wide_for_sums_in_registers(triton, seed):
 
 def test_rows_too_wide_for_the_kernels(triton, seed):
     torch.manual_seed(seed)
-    check((1, (2, 3), MAX_WIDTH // 4 + 8, 2), "patch", torch.float32)
+    check((1, (2, 3), MAX_WIDTH[torch.float32] // 4 + 8, 2), "patch", torch.float32)
 
 
 def test_eps_counts(backend, seed):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmscale.kernels.attention.base import AttentionBackend, Segments
 from mmscale.kernels.attention.merge import add_sinks, sinks_grad
+from mmscale.kernels.dtypes import cast
 
 
 def attend(
@@ -47,4 +48,4 @@ class _Attend(torch.autograd.Function):
         segments, scale, backend = ctx.rest
         dq, dk, dv = backend.backward(grads[0], q, k, v, out, lse, segments, scale)
         d_sinks = None if sinks is None else sinks_grad(grads[0], out, lse, sinks)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), d_sinks, None, None, None
+        return cast(dq, q.dtype), cast(dk, k.dtype), cast(dv, v.dtype), d_sinks, None, None, None

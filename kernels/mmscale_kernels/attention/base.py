@@ -79,8 +79,3 @@ class AttentionBackend(Protocol):
         added parts up itself.
         """
         ...
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type in which partial results are merged: fp64 for fp64, else fp32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32

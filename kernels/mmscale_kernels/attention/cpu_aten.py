@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmscale.kernels.attention.base import Segment, Segments, accumulate_dtype
+from mmscale.kernels.attention.base import Segment, Segments
 from mmscale.kernels.attention.merge import merge_
+from mmscale.kernels.dtypes import accumulate_dtype
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -132,8 +133,7 @@ def _forward_in_order(
     if len(results) == 1:
         out, lse = results[0]
         return _rows_first(out), lse[0]
-    # the kernel writes row after row, so that its results follow each other in memory
-    return torch.cat([_rows_first(out) for out, _ in results]), torch.cat([lse for _, lse in results], 2)[0]
+    return _joined(tuple(out for out, _ in results)), torch.cat([lse for _, lse in results], 2)[0]
 
 
 def _backward_in_order(
@@ -150,8 +150,16 @@ def _backward_in_order(
     if len(parts) == 1:
         dq, dk, dv = (_rows_first(x) for x in parts[0])
     else:
-        dq, dk, dv = (torch.cat([_rows_first(part[i]) for part in parts]) for i in range(3))
+        dq, dk, dv = (_joined(x) for x in zip(*parts, strict=True))
     return dq, dk, dv
+
+
+def _joined(parts_1HnD: tuple[Tensor, ...]) -> Tensor:
+    """[n + n + ..., H, D], row after row in memory, as the kernel writes its results."""
+    _, heads, _, size = parts_1HnD[0].shape
+    out = parts_1HnD[0].new_empty(sum(part.shape[2] for part in parts_1HnD), heads, size)
+    torch.cat(parts_1HnD, 2, out=_heads_first(out))
+    return out
 
 
 def _sizes(plan: _Plan) -> tuple[list[int], list[int]]:
@@ -177,11 +185,11 @@ def _attend(
 def _heads_first(x_nHD: Tensor) -> Tensor:
     """The view [1, H, n, D]; the kernel wants the values of one head side by side."""
     x = x_nHD if x_nHD.stride(-1) == 1 else x_nHD.contiguous()
-    return x.transpose(0, 1)[None]
+    return x.transpose(0, 1).unsqueeze(0)
 
 
 def _rows_first(x_1HnD: Tensor) -> Tensor:
-    return x_1HnD[0].transpose(0, 1)
+    return x_1HnD.squeeze(0).transpose(0, 1)
 
 
 def _new(like_1HnD: Tensor, dtype: torch.dtype, *, full: bool) -> Tensor:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mmscale.kernels.attention.base import Segment, Segments, accumulate_dtype
+from mmscale.kernels.attention.base import Segment, Segments
+from mmscale.kernels.dtypes import accumulate_dtype
 
 _forward = torch.ops.aten._efficient_attention_forward.default
 _backward = torch.ops.aten._efficient_attention_backward.default

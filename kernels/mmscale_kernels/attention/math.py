@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmscale.kernels.attention.base import Segment, Segments, accumulate_dtype
+from mmscale.kernels.attention.base import Segment, Segments
 from mmscale.kernels.attention.merge import empty_result
+from mmscale.kernels.dtypes import accumulate_dtype
 
 
 class Math:

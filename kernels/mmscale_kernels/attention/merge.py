@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmscale.kernels.attention.base import accumulate_dtype
 from mmscale.kernels.compiled import compiled
 from mmscale.kernels.dispatch import use_triton
+from mmscale.kernels.dtypes import accumulate_dtype
 
 
 def empty_result(q_QHD: Tensor) -> tuple[Tensor, Tensor]:

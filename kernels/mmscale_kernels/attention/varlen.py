@@ -18,7 +18,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from mmscale.kernels.attention.base import Segment, Segments, accumulate_dtype
+from mmscale.kernels.attention.base import Segment, Segments
+from mmscale.kernels.dtypes import accumulate_dtype
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -231,29 +231,37 @@ def packed_mask(
 
 
 def packed_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """([1, L, H, D], None): `attend_pack` with Hugging Face's signature, `query` [1, H, L, D], `key` and `value` [1, G, L, D]."""
+    if len(query) != 1:
+        raise ConfigError(f"one pack is expected, found query {tuple(query.shape)}; give packs one by one")
+    # squeeze, not [0]: the gradient of an index is a tensor of zeros and a copy into it
+    q_LHD, k_LGD, v_LGD = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    return attend_pack(module, q_LHD, k_LGD, v_LGD, attention_mask, **options).unsqueeze(0), None
+
+
+def attend_pack(
     module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    q_LHD: Tensor,
+    k_LGD: Tensor,
+    v_LGD: Tensor,
+    attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
+    s_aux: Tensor | None = None,
     pack: PackAttention | None = None,
     **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Causal attention inside each document of one pack; Hugging Face's attention signature.
+) -> Tensor:
+    """[L, H, D], causal attention inside each document of one pack.
 
     Args:
-        query: [1, H, L, D]; `key` and `value`: [1, G, L, D], H a multiple of G.
+        q_LHD: [L, H, D]; keys and values: [L, G, D], H a multiple of G.
         sliding_window: W, a token sees itself and the W - 1 before it; None = its whole document.
         s_aux: [H], attention sinks (GPT-OSS).
         pack: what sees what, from `model(..., pack=)`.
-
-    Returns:
-        ([1, L, H, D], None).
 
     Raises:
         ConfigError: a feature that would change the result silently.
@@ -263,16 +271,14 @@ def packed_attention(
         found.append(f"a mask tensor {tuple(attention_mask.shape)}")
     if dropout > 0 and module.training:
         found.append(f"attention dropout {dropout}")
-    if pack is None or query.shape[0] != 1 or pack.num_tokens != query.shape[2]:
-        found.append(f"no matching pack= for query {tuple(query.shape)}")
+    if pack is None or pack.num_tokens != len(q_LHD):
+        found.append(f"no matching pack= for query {tuple(q_LHD.shape)}")
     if found or pack is None:
         raise ConfigError(
             f"plain causal attention over one pack is expected, found {', '.join(found)}; use another model"
         )
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    # squeeze, not [0]: the gradient of an index is a tensor of zeros and a copy into it
-    q_LHD, k_LGD, v_LGD = (_cast(x).squeeze(0).transpose(0, 1) for x in (query, key, value))
-    return pack(q_LHD, k_LGD, v_LGD, scale=scale, window=sliding_window, sinks=s_aux)[None], None
+    scale = q_LHD.shape[-1] ** -0.5 if scaling is None else scaling
+    return pack(_cast(q_LHD), _cast(k_LGD), _cast(v_LGD), scale=scale, window=sliding_window, sinks=s_aux)
 
 
 def _cast(x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from mmscale.errors import ConfigError
 from mmscale.kernels.gated import Activation, gated_product
 from mmscale.kernels.rms_norm import rms_norm
 from mmscale.kernels.rope import rotate
-from mmscale.model.llm.attention import ATTENTION, packed_attention
+from mmscale.model.llm.attention import ATTENTION, attend_pack
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,11 @@ class GatedMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., W] from [..., W]."""
-        return cast(Tensor, self.down_proj(gated_product(self.gate_proj(x), self.up_proj(x), self.activation)))
+        rows = x.flatten(0, -2)  # a matrix: a linear layer of one makes no views of its own
+        out = self.down_proj(gated_product(self.gate_proj(rows), self.up_proj(rows), self.activation))
+        return cast(
+            Tensor, out.view(*x.shape[:-2], -1, out.shape[-1])
+        )  # under tensor parallelism maybe a share of the rows
 
 
 class FusedGatedMlp(nn.Module):
@@ -182,34 +186,35 @@ class RotaryAttention(nn.Module):
             kwargs: handed to the implementation: `pack` for packed attention.
 
         Raises:
-            ConfigError: an implementation that is in no registry, and whatever `packed_attention` refuses.
+            ConfigError: an implementation that is in no registry, and whatever `attend_pack` refuses.
         """
-        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        q_BLHD, k_BLGD, v_BLGD = (
-            cast(Tensor, project(hidden_states)).view(heads) for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if self.has_head_norms:
-            q_BLHD, k_BLGD = self.q_norm(q_BLHD), self.k_norm(k_BLGD)
-        q_BLHD, k_BLGD = rotate(q_BLHD, k_BLGD, *position_embeddings)
-        q_BHLD, k_BGLD, v_BGLD = (x.transpose(1, 2) for x in (q_BLHD, k_BLGD, v_BLGD))
-        if past_key_values is not None:
-            k_BGLD, v_BGLD = past_key_values.update(k_BGLD, v_BGLD, self.layer_idx)
-        out_BLHD, weights = self._implementation()(
-            *(self, q_BHLD, k_BGLD, v_BGLD, attention_mask),
-            scaling=self.scaling,
-            dropout=self.attention_dropout if self.training else 0.0,
-            sliding_window=self.sliding_window,
-            **kwargs,
-        )
-        return self.o_proj(out_BLHD.flatten(-2)), weights
-
-    def _implementation(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
+        options: dict[str, Any] = {
+            "scaling": self.scaling,
+            "dropout": self.attention_dropout if self.training else 0.0,
+            "sliding_window": self.sliding_window,
+        }
         name = self.config._attn_implementation
-        if name == ATTENTION:
-            return packed_attention
+        if name == ATTENTION and past_key_values is None and len(hidden_states) == 1:
+            # matrices without the pack dimension: fewer views in every layer
+            q_LHD, k_LGD, v_LGD = self._heads(hidden_states.squeeze(0), *(x.squeeze(0) for x in position_embeddings))
+            out_LHD = attend_pack(self, q_LHD, k_LGD, v_LGD, attention_mask, **options, **kwargs)
+            return self.o_proj(out_LHD.flatten(-2)).unsqueeze(0), None
         if name not in ALL_ATTENTION_FUNCTIONS:
             raise ConfigError(f"an attention implementation that is registered is expected, found '{name}'; use sdpa")
-        return cast(Callable[..., tuple[Tensor, Tensor | None]], ALL_ATTENTION_FUNCTIONS[name])
+        q_BHLD, k_BGLD, v_BGLD = (x.transpose(1, 2) for x in self._heads(hidden_states, *position_embeddings))
+        if past_key_values is not None:
+            k_BGLD, v_BGLD = past_key_values.update(k_BGLD, v_BGLD, self.layer_idx)
+        implementation = cast(Callable[..., tuple[Tensor, Tensor | None]], ALL_ATTENTION_FUNCTIONS[name])
+        out_BLHD, weights = implementation(self, q_BHLD, k_BGLD, v_BGLD, attention_mask, **options, **kwargs)
+        return self.o_proj(out_BLHD.flatten(-2)), weights
+
+    def _heads(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries [..., L, H, D] and keys [..., L, G, D], and values, of hidden states [..., L, W]."""
+        heads = (*hidden.shape[:-1], -1, self.head_dim)
+        q, k, v = (cast(Tensor, project(hidden)).view(heads) for project in (self.q_proj, self.k_proj, self.v_proj))
+        if self.has_head_norms:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return *rotate(q, k, cos, sin), v
 
 
 def _take_children(to: nn.Module, inner: nn.Module, but: tuple[str, ...] = ()) -> None:

@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmscale.kernels.attention.base import AttentionBackend, Segments, accumulate_dtype
+from mmscale.kernels.attention.base import AttentionBackend, Segments
 from mmscale.kernels.attention.merge import add_sinks, empty_result, merge_, sinks_grad
+from mmscale.kernels.dtypes import accumulate_dtype
 from mmscale.parallel.mesh import Axis
 from mmscale.parallel.meter import CommMeter
 

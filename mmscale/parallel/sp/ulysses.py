@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmscale.errors import ParallelError
-from mmscale.kernels.attention.base import accumulate_dtype
+from mmscale.kernels.dtypes import accumulate_dtype
 from mmscale.parallel.mesh import Axis
 from mmscale.parallel.meter import CommMeter
 

@@ -106,14 +106,18 @@ def gather_tokens(x_1SW: Tensor, comm: TensorComm) -> Tensor:
     return _border(x_1SW[0], comm.gathered, comm.scattered)[None]
 
 
-def scatter_tokens(x_1LW: Tensor, comm: TensorComm) -> Tensor:
-    """[1, S, W], this rank's share of the sum of the ranks' parts, zeros behind the last token. An exit."""
-    return _border(_padded(x_1LW, comm)[0], comm.scattered, comm.gathered)[None]
+def scatter_tokens(x_LW: Tensor, comm: TensorComm) -> Tensor:
+    """[S, W], this rank's share of the sum of the ranks' parts, zeros behind the last token. An exit.
+
+    Or [1, S, W] from [1, L, W].
+    """
+    share_SW = _border(_padded(x_LW.flatten(0, -2), comm), comm.scattered, comm.gathered)
+    return share_SW.view(*x_LW.shape[:-2], *share_SW.shape)
 
 
 def share_tokens(x_1LW: Tensor, comm: TensorComm) -> Tensor:
     """[1, S, W], this rank's share of what every rank holds, zeros behind the last token; gradients are gathered."""
-    return _border(_padded(x_1LW, comm)[0], comm.own_share, comm.gathered)[None]
+    return _border(_padded(x_1LW[0], comm), comm.own_share, comm.gathered)[None]
 
 
 def collect_tokens(x_1SW: Tensor, comm: TensorComm) -> Tensor:
@@ -140,9 +144,9 @@ def divide(weight: Tensor, comm: TensorComm) -> Tensor:
     return _border(weight, lambda value: value / comm.size, _same)
 
 
-def _padded(x_1LW: Tensor, comm: TensorComm) -> Tensor:
-    missing = -x_1LW.shape[1] % comm.size
-    return F.pad(x_1LW, (0, 0, 0, missing)) if missing else x_1LW
+def _padded(x_LW: Tensor, comm: TensorComm) -> Tensor:
+    missing = -len(x_LW) % comm.size
+    return F.pad(x_LW, (0, 0, 0, missing)) if missing else x_LW
 
 
 def _same(x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from gate import Variant
 
 from mmscale.kernels.token_merge import match_options, row_options
 
-TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 INDEX = {name: "*i32" for name in ("cu_seqlens", "merges", "cu_out", "ptr", "is_valid", "target", "slot", "lst")}
 
 
@@ -13,18 +13,24 @@ def index(*names):
     return {name: INDEX[name] for name in names}
 
 
-def _match(width, kind, max_len, divisible):
+def _tiles(is_single):
+    """(types, constants): of a single tile Triton makes a constant."""
+    return ({}, {"tiles": 1}) if is_single else ({"tiles": "i32"}, {})
+
+
+def _match(width, kind, max_len, divisible, is_single=False):
     options = match_options(width, max_len, TYPES[kind])
     tile = {name: options[name] for name in ("BM", "BN", "BK")}
+    count, one = _tiles(is_single)
     return Variant(
-        f"token_merge match {kind} C{width} {'x'.join(map(str, tile.values()))}{' /16' if divisible else ''}",
+        f"token_merge match {kind} C{width} {'x'.join(map(str, tile.values()))}{' /16' if divisible else ''}{' single' if is_single else ''}",
         "token_merge.match_kernel",
-        {"metric": f"*{kind}", **index("cu_seqlens", "merges", "target"), "score": "*fp32", "tiles": "i32"},
-        {"C": width, **tile, "WIDEN": False},
+        {"metric": f"*{kind}", **index("cu_seqlens", "merges", "target"), "score": "*fp32", **count},
+        {"C": width, **tile, "WIDEN": False, **one},
         divisible=("tiles",) if divisible else (),
         num_warps=options["num_warps"],
         num_stages=options["num_stages"],
-        tensor_cores=kind == "bf16",
+        tensor_cores=kind != "fp32",
     )
 
 
@@ -59,13 +65,14 @@ def _segments(divisible):
     )
 
 
-def _by_tiles(name, pointers, divisible):
-    types = index(*pointers) | ({"score": "*fp32"} if name == "rank" else {}) | {"tiles": "i32"}
+def _by_tiles(name, pointers, divisible, is_single=False):
+    count, one = _tiles(is_single)
+    types = index(*pointers) | ({"score": "*fp32"} if name == "rank" else {}) | count
     return Variant(
-        f"token_merge {name}{' /16' if divisible else ''}",
+        f"token_merge {name}{' /16' if divisible else ''}{' single' if is_single else ''}",
         f"token_merge.{name}_kernel",
         types,
-        {"BM": 64, "BN": 32},
+        {"BM": 64, "BN": 32, **one},
         divisible=("tiles",) if divisible else (),
     )
 
@@ -79,6 +86,10 @@ VARIANTS = [
     _match(72, "bf16", 4096, False),
     _match(1152, "fp32", 729, False),
     _match(72, "fp32", 729, False),
+    _match(1152, "fp16", 729, False),
+    _match(1152, "bf16", 16, False, is_single=True),
+    _by_tiles("rank", ("cu_seqlens", "merges", "target"), False, is_single=True),
+    _by_tiles("place", ("cu_seqlens", "cu_out", "target", "slot", "ptr", "lst"), False, is_single=True),
     *(_by_tiles("rank", ("cu_seqlens", "merges", "target"), divisible) for divisible in (False, True)),
     *(
         _by_tiles("place", ("cu_seqlens", "cu_out", "target", "slot", "ptr", "lst"), divisible)
@@ -90,6 +101,7 @@ VARIANTS = [
         for width, kind, flags in (
             *((1152, "bf16", flags) for flags in ((True, True), (False, True), (False, False))),
             (1152, "fp32", (True, True)),
+            (1152, "fp16", (True, True)),
             (72, "bf16", (True, True)),
         )
     ),
