@@ -23,7 +23,7 @@ def reports() -> list[dict]:
     """What the gate says of every kernel, specialisation and target."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, str(GATE), "--json"], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode in (0, 1), done.stderr[-3000:]  # 1: some kernel fails, which a test names
+    assert done.stdout and done.returncode in (0, 1), done.stderr[-3000:]  # 1: some kernel fails, which a test names
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -137,10 +136,3 @@ def _audio(specs: MediaSpecs, g: torch.Generator, slot: int) -> list[EncodedMedi
     a = specs.audio
     windows = torch.randn((1, a.mel_bins, a.window_samples // a.hop_samples), generator=g)
     return [EncodedMedia("audio", windows, slot, min(a.tokens, 4))]
-
-
-def scale_of(name: str, grads: Mapping[str, torch.Tensor | None]) -> float:
-    """The size that an error is relative to: that of the gradient, or of its layer's weight for a bias, whose gradient is a sum
-    over tokens that may cancel (softmax does not even see a key bias that is not rotated)."""
-    names = (name, name.removesuffix("bias") + "weight")
-    return max(float(grad.norm()) for n in names if (grad := grads.get(n)) is not None)

@@ -125,6 +125,8 @@ def test_rotation(dtype: torch.dtype, angle_dtype: torch.dtype, seed: int) -> No
         q, k = torch.randn(batch, length, heads, size), torch.randn(batch, length, groups, size)
         _, key = rotate(q, k, cos, sin)
         assert error(key, true_rotation(k.double(), cos, sin)) < TOLERANCE[torch.float32]
+        own = rotate(q[0], k[0], cos[0], sin[0])  # a pack without its first dimension
+        assert all(torch.equal(a, b[0]) for a, b in zip(own, rotate(q[:1], k[:1], cos[:1], sin[:1]), strict=True))
 
 
 def test_ligers_rotation_in_the_interpreter(seed: int) -> None:

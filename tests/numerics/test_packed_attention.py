@@ -1,5 +1,7 @@
 """Packed attention against float64 mathematics per document: outputs and gradients, windows, head groups, memory."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -46,6 +48,20 @@ def relative(a, b):
     return (
         (a.double() - b.double()).norm() / b.double().norm().clamp_min(10.0)
     ).item()  # norms here are 30 to 100; a window of 1 gives zero
+
+
+def test_a_pack_of_documents_compiles_whole_and_has_no_second_derivative(seed):
+    g = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(13, heads, 8, generator=g).requires_grad_() for heads in (4, 2, 2))
+    call = partial(pack_of([5, 8]), scale=0.3, window=None, sinks=None)
+    want = call(q, k, v)
+    got = torch.compile(call, fullgraph=True, backend="aot_eager")(q, k, v)
+    assert torch.equal(got, want)
+    wanted = torch.autograd.grad(want.square().sum(), (q, k, v), create_graph=True)
+    found = torch.autograd.grad(got.square().sum(), (q, k, v))
+    assert all(relative(a, b) <= 1e-6 for a, b in zip(found, wanted, strict=True))
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        wanted[0].sum().backward()
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 2), (6, 1)])

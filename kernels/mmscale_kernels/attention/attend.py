@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mmscale.kernels.attention.base import AttentionBackend, Segments
 from mmscale.kernels.attention.merge import add_sinks, sinks_grad
@@ -43,6 +44,7 @@ class _Attend(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         q, k, v, out, lse, sinks = ctx.saved_tensors
         segments, scale, backend = ctx.rest

@@ -156,10 +156,7 @@ def _backward_in_order(
 
 def _joined(parts_1HnD: tuple[Tensor, ...]) -> Tensor:
     """[n + n + ..., H, D], row after row in memory, as the kernel writes its results."""
-    _, heads, _, size = parts_1HnD[0].shape
-    out = parts_1HnD[0].new_empty(sum(part.shape[2] for part in parts_1HnD), heads, size)
-    torch.cat(parts_1HnD, 2, out=_heads_first(out))
-    return out
+    return torch.cat([part.transpose(1, 2) for part in parts_1HnD], 1).squeeze(0)
 
 
 def _sizes(plan: _Plan) -> tuple[list[int], list[int]]:

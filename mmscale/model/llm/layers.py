@@ -115,7 +115,7 @@ class GatedMlp(nn.Module):
         self.activation: Activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., W] from [..., W]."""
+        """[B, L, W] from [B, L, W], or [N, W] from [N, W]."""
         rows = x.flatten(0, -2)  # a matrix: a linear layer of one makes no views of its own
         out = self.down_proj(gated_product(self.gate_proj(rows), self.up_proj(rows), self.activation))
         return cast(
