@@ -222,6 +222,8 @@ def test_merged_rows_tell_where_they_were(width):
     connector = TokenMergeConnector(width, 8, 10)
     rows = connector(torch.ones(1, 15, width), (3, 5))[0]
     assert len(rows.detach().unique(dim=0)) == 10
+    merged = connector.merged(torch.ones(2, 15, width), table)
+    torch.testing.assert_close((merged - 1).sum(1), table.sum(0).expand(2, -1), msg="the places in a row are added up")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -232,8 +234,9 @@ def test_equal_patches_merge_and_the_order_stays(dtype, seed):
     distinct = torch.linalg.qr(torch.randn(2, 16, 16))[0][:, :12] * torch.rand(2, 12, 1).add(1)
     x = distinct.repeat_interleave(2, dim=1).to(dtype)
     connector = TokenMergeConnector(16, 4, 12).to(dtype)
-    assert torch.equal(connector.merged(x), distinct.to(dtype))
-    one = TokenMergeConnector(16, 4, 1).to(dtype).merged(x)
+    nowhere = torch.zeros(24, 16, dtype=dtype)
+    assert torch.equal(connector.merged(x, nowhere), distinct.to(dtype))
+    one = TokenMergeConnector(16, 4, 1).to(dtype).merged(x, nowhere)
     torch.testing.assert_close(
         one[:, 0].double(), x.double().mean(1), atol=1e-6 if dtype == torch.float32 else 2e-2, rtol=0
     )
@@ -241,12 +244,12 @@ def test_equal_patches_merge_and_the_order_stays(dtype, seed):
 
 def test_matching_follows_autocast_and_rows_do_not(seed):
     torch.manual_seed(seed)
-    connector, x = TokenMergeConnector(16, 4, 12), torch.randn(2, 24, 16)
+    connector, x, nowhere = TokenMergeConnector(16, 4, 12), torch.randn(2, 24, 16), torch.zeros(24, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        merged = connector.merged(x)
+        merged = connector.merged(x, nowhere)
         assert connector(x, (4, 6)).dtype == torch.bfloat16
     assert merged.dtype == torch.float32
-    rounded = TokenMergeConnector(16, 4, 12).merged(x.bfloat16())
+    rounded = TokenMergeConnector(16, 4, 12).merged(x.bfloat16(), nowhere.bfloat16())
     assert torch.allclose(merged, rounded.float(), atol=0.05), "the same sets as from features in bf16"
 
 

@@ -41,9 +41,9 @@ def rows_by_round(patches: int, rows: int) -> list[int]:
 class TokenMergeConnector(nn.Sequential):
     """Merges the P rows of every input to `rows` by similarity (`mmscale.kernels.token_merge`), then Linear, GELU, Linear.
 
-    A merged row is the mean of the tower's rows in it, each with the place of its patch added: the order, which stays that of
-    the grid, does not tell any more where a row was. Cosines are taken of the same rows, without gradient. Parameters `0.*` and
-    `2.*` as in `mlp2x_gelu`.
+    A merged row is the mean of the tower's rows in it plus the sum of their places: the order, which stays that of the grid, does
+    not tell any more which patches are in a row, nor how many. Cosines are taken of the features, without gradient. Parameters
+    `0.*` and `2.*` as in `mlp2x_gelu`.
     """
 
     def __init__(self, in_width: int, out_width: int, rows: int) -> None:
@@ -52,20 +52,23 @@ class TokenMergeConnector(nn.Sequential):
 
     def forward(self, features_NPC: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:  # type: ignore[override]
         """[N, R, D]; inputs do not mix."""
-        placed_NPC = features_NPC + places(grid, features_NPC.shape[2], features_NPC.device).to(features_NPC.dtype)
-        return cast(torch.Tensor, super().forward(self.merged(placed_NPC)))
+        places_PC = places(grid, features_NPC.shape[2], features_NPC.device).to(features_NPC.dtype)
+        return cast(torch.Tensor, super().forward(self.merged(features_NPC, places_PC)))
 
-    def merged(self, features_NPC: torch.Tensor) -> torch.Tensor:
-        """The merged features [N, R, C], of the type of the features."""
+    def merged(self, features_NPC: torch.Tensor, places_PC: torch.Tensor) -> torch.Tensor:
+        """The merged rows [N, R, C], of the type of the features."""
         num, patches, width = features_NPC.shape
-        x, sizes = features_NPC.reshape(-1, width), None
+        x, where, sizes = features_NPC.reshape(-1, width), places_PC.repeat(num, 1), None
         for left in rows_by_round(patches, self.rows):
             borders = torch.arange(num + 1, dtype=torch.int32, device=x.device) * patches
             merges = torch.full((num,), patches - left, dtype=torch.int32, device=x.device)
             plan = plan_merges(_metric(x), borders, merges, patches, num * left)
+            where, _ = merge(where, plan, sizes)
             x, sizes = merge(x, plan, sizes)
             patches = left
-        return x.view(num, patches, width)
+        if sizes is not None:
+            where = where * sizes[:, None].to(where.dtype)
+        return (x + where).view(num, patches, width)
 
 
 def _metric(x: torch.Tensor) -> torch.Tensor:
