@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import pickle
@@ -11,12 +12,14 @@ import resource
 import shutil
 import signal
 import time
+from enum import Enum
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.metadata import Metadata
 
 from mmscale.config.env import Launch
 from mmscale.config.schema import ParallelConfig, TrainConfig
@@ -272,6 +275,36 @@ def test_an_evil_metadata_pickle_runs_nothing(root, tmp_path) -> None:
     assert not marker.exists()
     pickle.loads((folder / ".metadata").read_bytes())  # the negative control: it would have run
     assert marker.exists()
+
+
+class OldPickler(pickle.Pickler):
+    """Writes members of enumerations as Python 3.11.0 to 3.11.3 does."""
+
+    def reducer_override(self, value: object) -> object:
+        return (getattr, (type(value), value.name)) if isinstance(value, Enum) else NotImplemented
+
+
+class Reach:
+    """Asks for an attribute of something that metadata may name."""
+
+    def __reduce__(self):
+        return getattr, (Metadata, "__init__")
+
+
+def test_metadata_of_another_python_is_read_and_getattr_reaches_nothing_else(root) -> None:
+    save(root, 1)
+    folder = root / "step_00000001"
+    want = open_checkpoint(folder).read("model.llm.weight")
+    old = io.BytesIO()
+    OldPickler(old).dump(pickle.loads((folder / ".metadata").read_bytes()))
+    assert b"getattr" in old.getvalue()
+    (folder / ".metadata").write_bytes(old.getvalue())
+    forge(folder, ".metadata")
+    assert torch.equal(open_checkpoint(folder).read("model.llm.weight"), want)
+    (folder / ".metadata").write_bytes(pickle.dumps(Reach()))
+    forge(folder, ".metadata")
+    with pytest.raises(CheckpointError, match="asks for '__init__'"):
+        _ = open_checkpoint(folder).names
 
 
 def test_an_evil_tensor_pickle_runs_nothing(root, tmp_path) -> None:
