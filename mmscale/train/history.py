@@ -59,7 +59,7 @@ class AttemptRecord:
     has_claimed        False: it never owned the run directory
     outcome, reason    how the trainer ended by itself; None: it was killed, or it runs
     decision           what the batch script did then, and why
-    hang               what the watch found when the attempt hung
+    hang, hung_at      what the watch found when the attempt hung, and since when it did
     problems           what the check of its nodes found
     signals            signals that its nodes got
     """
@@ -81,6 +81,7 @@ class AttemptRecord:
     decision: str | None = None
     decision_reason: str = ""
     hang: str | None = None
+    hung_at: float | None = None
     problems: tuple[str, ...] = ()
     signals: tuple[str, ...] = ()
 
@@ -249,9 +250,15 @@ def _read_attempt(folder: Path, token: str, events: list[Event]) -> AttemptRecor
         decision=after.get("decision"),
         decision_reason=str(after.get("reason") or ""),
         hang=_hang_text(folder, hangs[0]) if hangs else None,
+        hung_at=_hung_at(hangs[0]) if hangs else None,
         problems=tuple(problems),
         signals=tuple(sorted({str(found["signal"]) for found in signals if "signal" in found})),
     )
+
+
+def _hung_at(hang: Mapping[str, Any]) -> float | None:
+    at, age_s = hang.get("at"), (hang.get("slowest") or {}).get("age_s")
+    return at - age_s if isinstance(at, int | float) and isinstance(age_s, int | float) else None
 
 
 def _hang_text(folder: Path, hang: Mapping[str, Any]) -> str:

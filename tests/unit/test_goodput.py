@@ -17,9 +17,9 @@ def step(number, attempt, ended_at, took_s=1.0, wait=0.0, comm=0.0):
     return Step(number, attempt, T0 + ended_at, took_s, wait, comm, 2.0, 100.0, 0.9, wait / took_s if took_s else 0.0)
 
 
-def attempt(token, first_at, last_at, submitted_at=None, **more):
-    at = {name: None if value is None else T0 + value for name, value in {"s": submitted_at}.items()}
-    return AttemptRecord(token, T0 + first_at, T0 + last_at, submitted_at=at["s"], **more)
+def attempt(token, first_at, last_at, submitted_at=None, hung_at=None, **more):
+    submitted, hung = (None if at is None else T0 + at for at in (submitted_at, hung_at))
+    return AttemptRecord(token, T0 + first_at, T0 + last_at, submitted_at=submitted, hung_at=hung, **more)
 
 
 def ledger(attempts, steps, events=()):
@@ -84,6 +84,16 @@ def test_a_hang_is_all_time_from_the_last_step_on():
     assert spent(found) == {"compute": 3, "hang": 38, "idle": 5, "startup": 4}
 
 
+def test_a_step_that_ends_with_the_hang_is_no_lost_work():
+    """Rank 1 is stopped at 2.5 and woken at 40 to print its stacks: step 3 is then recorded with 38 s, and done again."""
+    records = [
+        attempt("7.0", 0, 40.5, hang="rank 1 hung", hung_at=2.5),
+        attempt("7.1", 45, 50, base_step=2, outcome="done"),
+    ]
+    found = ledger(records, [step(1, "7.0", 1), step(2, "7.0", 2), step(3, "7.0", 40, 38), step(3, "7.1", 50)])
+    assert spent(found) == {"compute": 3, "redone": 0.5, "hang": 38, "idle": 4.5, "startup": 4}
+
+
 def test_a_fenced_attempt_has_no_time_of_its_own():
     """It works on for 10 s beside its successor: those steps are not in the time line."""
     records = [attempt("7.0", 0, 20), attempt("7.1", 10, 20, base_step=8, outcome="done")]
@@ -141,6 +151,7 @@ def random_history(rng):
                 submission=rng.choice(["7", "7", "8", None]),
                 base_step=base,
                 hang=rng.choice([None, None, "hung"]),
+                hung_at=rng.choice([None, begin + rng.uniform(-5, 30)]),
                 outcome=rng.choice([None, "done", "stopped"]),
             )
         )
