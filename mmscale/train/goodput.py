@@ -167,9 +167,8 @@ class _Piece:
         self.num_steps += 1
         self.num_redone += is_lost
         took = end - began
-        if (
-            self.record.hung_at is not None
-        ):  # a stopped rank that is woken for its stacks may end the step that it held up
+        if self.record.hung_at is not None:
+            # a stopped rank that is woken for its stacks may end the step that it held up
             hung = min(took, max(0, end - _us(self.record.hung_at)))
             self.spent["hang"] += hung
             took -= hung

@@ -118,9 +118,8 @@ class GatedMlp(nn.Module):
         """[B, L, W] from [B, L, W], or [N, W] from [N, W]."""
         rows = x.flatten(0, -2)  # a matrix: a linear layer of one makes no views of its own
         out = self.down_proj(gated_product(self.gate_proj(rows), self.up_proj(rows), self.activation))
-        return cast(
-            Tensor, out.view(*x.shape[:-2], -1, out.shape[-1])
-        )  # under tensor parallelism maybe a share of the rows
+        # -1: under tensor parallelism it may be a share of the rows
+        return cast(Tensor, out.view(*x.shape[:-2], -1, out.shape[-1]))
 
 
 class FusedGatedMlp(nn.Module):
