@@ -1,8 +1,8 @@
 """The next step's packs, fetched and divided while this step computes.
 
-Where ranks share packs, or a GPU computes, this is the work of a thread: splitting a pack of 131,072 tokens and sending its parts
-takes 0.1 to 0.3 s of host time. One process on a CPU would only take the time from itself, and does it when it is asked; so does
-a stream whose steps are agreed on with all ranks (stream mode), as two threads cannot talk to one group.
+This is the work of a thread: splitting a pack of 131,072 tokens and sending its parts takes 0.1 to 0.3 s of host time. Only a
+stream whose steps are agreed on with all ranks (stream mode) makes each step when it is asked for, as two threads cannot talk to
+one group.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ class Ahead:
     """The steps of a stream with this rank's part of each, one ahead.
 
     `take` gives the next one; `begin` starts to make the one after it, and is called when the main thread has no more to say to
-    the group of the replica, which the thread then uses alone until `settle` or `take` has returned.
+    the group of the replica, which the thread then uses alone until `settle` or `take` has returned. A step that has not begun,
+    as the first, is made by the caller of `take`: so the main thread starts the loader's processes, and the kernel ends them
+    with it.
 
     Args:
         meets_ranks: see `DataStream`.
@@ -42,26 +44,22 @@ class Ahead:
         self._made: queue.SimpleQueue[Step | BaseException] = queue.SimpleQueue()
         self._next: Step | BaseException | None = None
         self._thread: threading.Thread | None = None
-        if not meets_ranks and (sharing.mesh.replica.size > 1 or sharing.mesh.device.type == "cuda"):
-            # of this thread alone: the loader's processes live as long as the thread that starts them
+        if not meets_ranks:
             self._thread = threading.Thread(target=self._work, name="ahead", daemon=True)
             self._thread.start()
 
     def take(self) -> Step:
         """The next step. Raises what the stream raises, and what `share_packs` does."""
-        if self._thread is None:
-            return self._make()
+        self.settle()
         if self._next is None:
-            self.begin()
-            self.settle()
+            return self._make()
         step, self._next = self._next, None
-        assert step is not None, "it was waited for"
         if isinstance(step, BaseException):
             raise step
         return step
 
     def begin(self) -> None:
-        """Starts to make the next step, where a thread does it and has not begun."""
+        """Starts to make the next step, unless it has begun or has no thread to make it."""
         if self._thread is not None and self._next is None and not self._is_making:
             self._is_making = True
             self._orders.put(True)

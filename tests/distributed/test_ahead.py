@@ -70,31 +70,26 @@ def fail_ahead(mesh: Any, rank: int) -> tuple[str, float]:
     return said, time.monotonic() - started
 
 
-def test_one_process_on_a_cpu_makes_steps_when_asked() -> None:
-    log: list[str] = []
-    with Ahead(steps_of(3, log), Sharing(Mesh(0, 1, 0, 1, torch.device("cpu")))) as ahead:
-        for step in range(3):
-            assert ahead.take()[0].step == step
-            ahead.begin()
-            ahead.settle()
-    main = threading.current_thread().name
-    assert log == [main] * 3 + [f"closed by {main}"]
-
-
 @pytest.mark.parametrize("meets_ranks", [False, True])
-def test_steps_that_ranks_agree_on_are_made_in_the_thread_that_talks_to_them(meets_ranks: bool) -> None:
+def test_the_caller_makes_what_has_not_begun_and_what_ranks_agree_on(meets_ranks: bool) -> None:
+    """The first step starts the loader's processes, which the kernel ends with the thread that started them."""
     log: list[str] = []
-    with Ahead(steps_of(2, log), Sharing(Mesh(0, 1, 0, 1, torch.device("cuda"))), meets_ranks=meets_ranks) as ahead:
-        for step in range(2):
+    main, early = threading.current_thread().name, "ahead"
+    with Ahead(steps_of(4, log), Sharing(Mesh(0, 1, 0, 1, torch.device("cpu"))), meets_ranks=meets_ranks) as ahead:
+        for step in range(4):
             assert ahead.take()[0].step == step
-            ahead.begin()
-    assert set(log[:2]) == {threading.current_thread().name if meets_ranks else "ahead"}
+            if step != 1:
+                ahead.begin()
+        with pytest.raises(StopIteration):
+            ahead.take()
+    made_by = [main] * 4 if meets_ranks else [main, early, main, early]
+    assert log == [*made_by, f"closed by {main if meets_ranks else early}"]
 
 
 def test_steps_are_made_ahead_and_in_order(ranks) -> None:
     for taken, log, was_early in ranks(2).run(go_ahead, 6):
         assert taken == list(range(6)) and was_early
-        assert log == ["ahead"] * 6 + ["closed by ahead"]
+        assert log == [log[0], *["ahead"] * 5, "closed by ahead"] and log[0] != "ahead"
 
 
 def test_a_fault_is_raised_where_it_is_taken_and_its_peers_are_not_waited_for(ranks) -> None:
