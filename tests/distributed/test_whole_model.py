@@ -49,7 +49,7 @@ def whole_gradients(model: MultimodalLM, layouts: dict[str, ShardLayout], mesh: 
     missing = [name for name, param in params.items() if param.grad is None]
     assert not missing, f"without a gradient: {missing}"
     # few collectives for all of them: on few cores each costs more than its numbers
-    flat = torch.cat([param.grad.flatten() for param in params.values() if param.grad is not None])
+    flat = torch.cat([param.grad.flatten() for param in params.values()])
     dist.all_reduce(flat, group=mesh.grads.group)
     sizes = [param.numel() for param in params.values()]
     grads = {n: part.view(params[n].shape) for n, part in zip(params, flat.split(sizes), strict=True)}
